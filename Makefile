@@ -1,0 +1,34 @@
+# The build of torch that pip installs, e.g. make test TORCH="torch==2.13.0" for a release of your choice.
+TORCH ?= torch
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test test-slow quality style
+
+venv: $(STAMP)
+
+# One pip call: torch is resolved with everything else, so the choice above holds.
+$(STAMP): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(TORCH) -e ".[test,quality]"
+	touch $(STAMP)
+
+demo: venv
+	$(VENV)/bin/python examples/run_enwik8.py examples/recipes/enwik8_demo.yaml
+
+# One thread a worker: two workers that each take every core are slower than one.
+test: venv
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+test-slow: venv
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow
+
+quality: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy hf_latephase
+
+style: venv
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .

@@ -1,0 +1,116 @@
+"""Byte-level language models in training and after it: curves, reloading, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from hf_latephase import LatePhaseTrainer
+from hf_latephase.config import steps_at
+from hf_latephase.data import decode_ids, encode_bytes
+from hf_latephase.scoring import is_recurrent
+
+
+RELOAD_TOLERANCE = 1e-5
+
+
+class ByteTrainer(LatePhaseTrainer):
+    """
+    [`LatePhaseTrainer`] that evaluates in bits per character.
+
+    Differs from the parent in that `evaluate` scores a text byte by byte, before and after averaging over time (SWA
+    or EMA), instead of the loss over windows; and in one more learning-rate schedule.
+
+    Args:
+        score (`Callable[[nn.Module], float]`):
+            Bits per character of a stock model on the text to watch.
+        decay_after_start (`bool`, defaults to `False`):
+            Whether the rate is constant until T0 (after the warm-up) and falls linearly to 0 from there.
+    """
+
+    def __init__(
+        self, *args: Any, score: Callable[[nn.Module], float], decay_after_start: bool = False, **kwargs: Any
+    ) -> None:
+        self._score = score
+        self._decay_after_start = decay_after_start
+        super().__init__(*args, **kwargs)
+
+    @property
+    def has_time_average(self) -> bool:
+        """Whether weights have been averaged over time."""
+        return self.weight_average is not None and self.weight_average.num_averaged > 0
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Creates the parent's schedule, or the one that decays from T0."""
+        if self._decay_after_start:
+            start = steps_at(self.late_phase_config.late_phase_start, num_training_steps)
+            self.args.lr_scheduler_type = "warmup_stable_decay"
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": num_training_steps - start, "decay_type": "linear"}
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Scores the averaged model, and the one averaged over time too once there is one."""
+        metrics = {f"{metric_key_prefix}_bpc": self._score(self.averaged_model(time_averaged=False))}
+        if self.has_time_average:
+            metrics[f"{metric_key_prefix}_bpc_averaged"] = self._score(self.averaged_model())
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def curve(self) -> list[dict[str, float]]:
+        """What `evaluate` has logged so far."""
+        names = {"step": "step", "eval_bpc": "bpc", "eval_bpc_averaged": "bpc_averaged"}
+        return [
+            {names[key]: value for key, value in entry.items() if key in names}
+            for entry in self.state.log_history
+            if "eval_bpc" in entry
+        ]
+
+
+def sample_text(model: PreTrainedModel, prompt: bytes, num_bytes: int, seed: int) -> str:
+    """Let a model go on from a prompt. Of a text longer than its positions it sees the end."""
+    positions = None if is_recurrent(model) else getattr(model.config, "max_position_embeddings", None)
+    ids = torch.from_numpy(encode_bytes(prompt))[None].to(model.device)
+    total = ids.shape[1] + num_bytes
+    set_seed(seed)
+    model.eval()
+    while ids.shape[1] < total:
+        seen = ids if positions is None else ids[:, -(positions // 2) :]
+        room = total - ids.shape[1] if positions is None else min(total - ids.shape[1], positions - seen.shape[1])
+        # min_new_tokens: the end-of-text id, never trained, is not to end the sample.
+        output = model.generate(
+            seen, attention_mask=torch.ones_like(seen), do_sample=True, max_new_tokens=room, min_new_tokens=room
+        )
+        ids = torch.cat([ids, output[:, seen.shape[1] :]], dim=1)
+    return decode_ids(ids[0])
+
+
+def reload_and_check(folder: str, model: PreTrainedModel, probe: bytes) -> tuple[PreTrainedModel, float]:
+    """
+    Load a saved folder as a stock model, and hold it against the model that was saved.
+
+    Args:
+        folder (`str`):
+            What `save_model` wrote.
+        model (`PreTrainedModel`):
+            The trainer's averaged model.
+        probe (`bytes`):
+            A text to compare the logits on.
+
+    Returns:
+        `tuple[PreTrainedModel, float]`: The reloaded model and the largest difference of its logits.
+
+    Raises:
+        `RuntimeError`: If the logits differ by more than 1e-5.
+    """
+    reloaded = AutoModelForCausalLM.from_pretrained(folder).to(model.device)
+    ids = torch.from_numpy(encode_bytes(probe))[None].to(model.device)
+    with torch.no_grad():
+        difference = (reloaded(ids).logits - model.eval()(ids).logits).abs().max().item()
+    if not difference <= RELOAD_TOLERANCE:
+        raise RuntimeError(f"The model saved in {folder} differs from the trained one: logits by {difference:.3g}.")
+    return reloaded, difference

@@ -1,0 +1,78 @@
+"""Averages of the weights over time, over base and members: SWA and EMA."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+
+class WeightAverage:
+    """
+    A running average of a model's parameters, kept beside the model.
+
+    Like [`torch.optim.swa_utils.AveragedModel`] the first update copies; unlike it this copies no module, averages
+    half-precision weights in float32, and works on sharded parameters.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model whose trainable parameters are averaged.
+        ema_decay (`float`, *optional*):
+            Decay per training step of an exponential moving average; `None` for the equal average of SWA.
+    """
+
+    def __init__(self, model: nn.Module, ema_decay: float | None = None) -> None:
+        self.model = model
+        self.ema_decay = ema_decay
+        self.num_averaged = 0
+        self.values: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, steps: int = 1) -> None:
+        """
+        Takes the current weights into the average.
+
+        Args:
+            steps (`int`, defaults to 1):
+                Training steps since the last update; an EMA decays by `ema_decay ** steps`.
+        """
+        current = {name: _wide(p) for name, p in self._parameters().items()}
+        if self.num_averaged == 0:
+            self.values = {name: value.clone() for name, value in current.items()}
+        else:
+            averaged = [self.values[name] for name in current]
+            average = get_swa_multi_avg_fn() if self.ema_decay is None else get_ema_multi_avg_fn(self.ema_decay**steps)
+            average(averaged, list(current.values()), self.num_averaged)  # type: ignore[arg-type]
+        self.num_averaged += 1
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Context in which the model holds the average, if there is one; the weights come back to the bit."""
+        if self.num_averaged == 0:
+            yield
+            return
+        parameters = self._parameters()
+        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        self._write(parameters, self.values)
+        try:
+            yield
+        finally:
+            self._write(parameters, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+        # In place: FSDP and cuDNN hold on to the storage.
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    parameter = parameter.detach()
+    return parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter

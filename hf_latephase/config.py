@@ -1,0 +1,214 @@
+"""The settings of late-phase training."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+
+CONFIG_NAME = "late_phase_config.json"
+FAMILIES = ("rank1", "norm", "head", "hypernet", "full")
+
+
+@dataclass
+class LatePhaseConfig:
+    """
+    Configuration of late-phase weights ([arXiv 2007.12927](https://arxiv.org/abs/2007.12927), Algorithm 1).
+
+    Points in training (`late_phase_start`, `swa_start`, `swa_every`) follow the convention of
+    [`~transformers.TrainingArguments`]: a value below 1 is a share of all training steps, any other a number of steps.
+
+    Args:
+        num_members (`int`, defaults to 10):
+            Number K of copies of the late-phase weights, at least 1. With 1 nothing is replicated.
+        late_phase_start (`float`, defaults to 0.6):
+            T0, when the late-phase weights are replicated. Before it one model is trained.
+        weights (`list[str]`, defaults to `["rank1"]`):
+            Families of late-phase weights, any of `"rank1"` (W ∘ u vᵀ, u and v replicated), `"norm"` (scale and shift
+            of normalisation layers), `"head"` (the output layer), `"full"` (every weight, an ablation).
+        target_modules (`list[str]`, *optional*):
+            Module names, name suffixes or regular expressions (matched against the full name), as in PEFT. They
+            restrict every family of which they match a module; a family that none of them matches keeps its default.
+            `None` or `["all-linear"]`: rank1 takes every linear-like layer (`nn.LSTM` and `nn.GRU` included) but
+            embeddings and the output layer; norm takes every normalisation layer.
+        exclude_modules (`list[str]`, *optional*):
+            Modules to leave alone, written like `target_modules`.
+        init_noise (`float`, defaults to 0.0):
+            σ0: at T0 each member is the shared value plus `init_noise` · rms(value) · N(0, I).
+        base_gradient_scale (`float`, defaults to 1.0):
+            γ_θ: the base weights' update uses `base_gradient_scale` · Σ_k Δθ_k. 1.0 sums the members' gradients, 1/K
+            averages them. (Adam is indifferent to it, but for its epsilon.)
+        member_assignment (`str`, defaults to `"minibatch"`):
+            `"minibatch"`: the members take turns, one minibatch each. `"sample"`: the rows of every minibatch are
+            dealt out over the members in contiguous blocks and run in one pass.
+        cycle_length (`int`, *optional*):
+            Minibatches (over all processes) to one update after T0, a multiple of K. `None`: K (for `"sample"`: one).
+            With `num_members=1` it gives the control that accumulates gradients without replicating anything.
+        swa_start (`float`, *optional*):
+            When stochastic weight averaging over base and members begins. `None`: never.
+        swa_every (`float`, *optional*):
+            Steps between two samples of the average. `None`: each update.
+        ema_decay (`float`, *optional*):
+            Decay per training step of an exponential moving average over base and members. Excludes `swa_start`.
+
+    Raises:
+        `ValueError`: If a value is out of range; the message names the field.
+
+    Example:
+
+    ```python
+    >>> from hf_latephase import LatePhaseConfig
+
+    >>> LatePhaseConfig(num_members=5, weights=["rank1", "norm"]).late_phase_start
+    0.6
+    ```
+    """
+
+    num_members: int = field(default=10, metadata={"help": "Number K of copies of the late-phase weights."})
+    late_phase_start: float = field(
+        default=0.6, metadata={"help": "T0: below 1 a share of all training steps, else a number of steps."}
+    )
+    weights: list[str] = field(
+        default_factory=lambda: ["rank1"],
+        metadata={"help": f"Families of late-phase weights, any of {', '.join(FAMILIES)}."},
+    )
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Module names, suffixes or regular expressions, as in PEFT."}
+    )
+    exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to leave alone, written like target_modules."}
+    )
+    init_noise: float = field(default=0.0, metadata={"help": "sigma_0, relative to the rms of each tensor."})
+    base_gradient_scale: float = field(
+        default=1.0, metadata={"help": "gamma_theta: 1.0 sums the members' base gradients, 1/K averages them."}
+    )
+    member_assignment: Literal["minibatch", "sample"] = field(
+        default="minibatch", metadata={"help": "Members take turns by minibatch, or share the rows of each batch."}
+    )
+    cycle_length: int | None = field(
+        default=None, metadata={"help": "Minibatches per update after T0, a multiple of K. None: K."}
+    )
+    swa_start: float | None = field(default=None, metadata={"help": "Start of SWA: share of all steps, or steps."})
+    swa_every: float | None = field(default=None, metadata={"help": "Steps between SWA samples. None: each update."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of an EMA over base and members."})
+
+    def __post_init__(self) -> None:
+        if self.num_members < 1 or self.num_members != int(self.num_members):
+            raise ValueError(f"num_members must be a whole number of at least 1, got {self.num_members}.")
+        self._check_weights()
+        for name in ("target_modules", "exclude_modules"):
+            self._check_patterns(name)
+        _check_number("late_phase_start", self.late_phase_start, "a share of all steps (below 1) or a number of steps")
+        _check_number("init_noise", self.init_noise, "relative to the rms of each tensor; 0 adds none")
+        if not (math.isfinite(self.base_gradient_scale) and self.base_gradient_scale > 0):
+            raise ValueError(
+                f"base_gradient_scale must be positive and finite, got {self.base_gradient_scale}: 1.0 sums the "
+                "members' base gradients, 1/num_members averages them."
+            )
+        if self.member_assignment not in ("minibatch", "sample"):
+            raise ValueError(f"member_assignment must be 'minibatch' or 'sample', got {self.member_assignment!r}.")
+        if self.member_assignment == "sample" and "full" in self.weights:
+            raise ValueError(
+                "member_assignment='sample' cannot run weights=['full']: one pass cannot give each row of a batch its "
+                "own copy of every weight. Use member_assignment='minibatch'."
+            )
+        if self.cycle_length is not None and (self.cycle_length < 1 or self.cycle_length % self.num_members):
+            raise ValueError(
+                f"cycle_length must be a multiple of num_members={self.num_members}, so that every member sees equally "
+                f"many minibatches; got {self.cycle_length}."
+            )
+        self._check_averaging()
+
+    def _check_weights(self) -> None:
+        if isinstance(self.weights, str) or not self.weights:
+            raise ValueError(f"weights must be a list with at least one of {list(FAMILIES)}, got {self.weights!r}.")
+        unknown = [family for family in self.weights if family not in FAMILIES]
+        if unknown:
+            raise ValueError(f"weights names unknown families {unknown}: choose from {list(FAMILIES)}.")
+        if len(set(self.weights)) != len(self.weights):
+            raise ValueError(f"weights names a family twice: {self.weights}.")
+        if "full" in self.weights and len(self.weights) > 1:
+            raise ValueError(f"weights=['full'] replicates every weight and stands alone, got {self.weights}.")
+
+    def _check_patterns(self, name: str) -> None:
+        patterns = getattr(self, name)
+        if patterns is None:
+            return
+        if isinstance(patterns, str) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+            raise ValueError(
+                f"{name} must be None or a list of names or regular expressions, got {patterns!r}. "
+                "Write a single one as a list of one."
+            )
+
+    def _check_averaging(self) -> None:
+        if self.swa_start is not None:
+            _check_number("swa_start", self.swa_start, "a share of all steps (below 1) or a number of steps")
+            same_unit = (self.swa_start < 1) == (self.late_phase_start < 1)
+            # With one member T0 changes nothing, so SWA may start anywhere.
+            if self.num_members > 1 and same_unit and self.swa_start < self.late_phase_start:
+                raise ValueError(
+                    f"swa_start={self.swa_start} lies before late_phase_start={self.late_phase_start}: the average "
+                    "would mix members with the weights that they came from. Start SWA at T0 or later."
+                )
+        if self.swa_every is not None:
+            if self.swa_start is None:
+                raise ValueError("swa_every needs swa_start: set it, or leave both out.")
+            if not (math.isfinite(self.swa_every) and self.swa_every > 0):
+                raise ValueError(f"swa_every must be positive (a share of all steps, or steps), got {self.swa_every}.")
+        if self.ema_decay is not None:
+            if not 0 < self.ema_decay < 1:
+                raise ValueError(f"ema_decay must lie between 0 and 1 (both excluded), got {self.ema_decay}.")
+            if self.swa_start is not None:
+                raise ValueError("swa_start and ema_decay exclude each other: choose one average.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain Python values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LatePhaseConfig:
+        """
+        Builds a config from a dictionary.
+
+        Raises:
+            `ValueError`: If a key is unknown.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown LatePhaseConfig fields {unknown}. Known fields: {sorted(known)}.")
+        return cls(**values)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `late_phase_config.json` into `save_directory`, which is created if need be."""
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, CONFIG_NAME), "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=2, sort_keys=True)
+            file.write("\n")
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | os.PathLike) -> LatePhaseConfig:
+        """
+        Reads a config that [`~LatePhaseConfig.save_pretrained`] wrote.
+
+        Raises:
+            `FileNotFoundError`: If the folder holds none.
+        """
+        path = os.path.join(save_directory, CONFIG_NAME)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"No {CONFIG_NAME} in {str(save_directory)!r}: nothing was saved there.")
+        with open(path, encoding="utf-8") as file:
+            return cls.from_dict(json.load(file))
+
+
+def steps_at(point: float, max_steps: int) -> int:
+    """Resolves a share of all steps (below 1) or a number of steps, rounding up as Trainer's warm-up does."""
+    return math.ceil(point * max_steps) if point < 1 else int(point)
+
+
+def _check_number(name: str, value: float, meaning: str) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative ({meaning}), got {value}.")

@@ -1,0 +1,261 @@
+"""Late-phase weights on a model, without any trainer (paper section 2, Algorithm 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .config import LatePhaseConfig
+from .weights import Attachment, Members, Target, attach, detach, find_targets
+from .weights.attach import members_of
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class LatePhase:
+    """
+    Attaches late-phase weights to a model and manages their K members.
+
+    Each late-phase weight becomes a parametrization whose parameters are stacked `[K, ...]`, so that one elementwise
+    optimizer (SGD, Adam, AdamW) over `model.parameters()` acts as K separate ones, provided that it steps once a cycle.
+    Until [`~LatePhase.release`] only member 0 is used.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, changed in place. The parameters keep their dtype and device.
+        config (`LatePhaseConfig`):
+            Which weights, how many members.
+
+    Raises:
+        `ValueError`: If the model and the config do not fit; the model is then unchanged.
+
+    Example (one cycle of Algorithm 1; `γ_θ = 1`):
+
+    ```python
+    >>> import torch
+    >>> from hf_latephase import LatePhase, LatePhaseConfig
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+    >>> late_phase = LatePhase(model, LatePhaseConfig(num_members=3, weights=["rank1", "norm"]))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> late_phase.release()
+    >>> for k in range(3):
+    ...     late_phase.activate(k)
+    ...     model(torch.randn(5, 4)).square().mean().backward()
+    >>> optimizer.step()
+    >>> sorted(late_phase.averaged_state_dict())
+    ['0.bias', '0.weight', '1.bias', '1.weight', '2.bias', '2.weight']
+
+    ```
+    """
+
+    def __init__(self, model: nn.Module, config: LatePhaseConfig) -> None:
+        targets = find_targets(model, config)
+        self.model = model
+        self.config = config
+        self.members = Members(config.num_members)
+        self._plain_keys = list(model.state_dict())
+        self._attachments = attach(model, targets, self.members, by_sample=config.member_assignment == "sample")
+        self._move_members()
+
+    @property
+    def num_members(self) -> int:
+        """K."""
+        return self.config.num_members
+
+    @property
+    def targets(self) -> list[Target]:
+        """The tensors that are late-phase weights, each with the rule that chose it."""
+        return [attachment.target for attachment in self._attachments]
+
+    @property
+    def released(self) -> bool:
+        """Whether T0 has passed."""
+        return self.members.released
+
+    def is_late_phase(self, parameter_name: str) -> bool:
+        """Whether a name in `model.named_parameters()` belongs to a stack `[K, ...]` of members."""
+        return parameter_name in self._stack_names
+
+    @property
+    def _stack_names(self) -> dict[str, Attachment]:
+        """The parameter names of all stacks; the base weight below rank-1 factors is none."""
+        names = {}
+        for attachment in self._attachments:
+            rank1 = attachment.target.family == "rank1"
+            for tensor in ("0.left", "0.right") if rank1 else ("original",):
+                names[attachment.prefix + tensor] = attachment
+        return names
+
+    def plain_name(self, parameter_name: str) -> str | None:
+        """Returns the plain model's name of a parameter, `None` if it has none (rank-1 factors)."""
+        for attachment in self._attachments:
+            if parameter_name.startswith(attachment.prefix):
+                return attachment.target.key if parameter_name == f"{attachment.prefix}original" else None
+        return parameter_name
+
+    def stacks(self) -> dict[str, nn.Parameter]:
+        """Returns the members' parameters by name, each `[K, ...]`."""
+        names = self._stack_names
+        return {name: p for name, p in self.model.named_parameters() if name in names}
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns θ, all other parameters, by name."""
+        names = self._stack_names
+        return {name: p for name, p in self.model.named_parameters() if name not in names}
+
+    def activate(self, member: int | None) -> None:
+        """
+        Selects the weights that the next forward and backward passes use.
+
+        Args:
+            member (`int`, *optional*):
+                A member, counted from 0; `None` for the average of all.
+        """
+        self._move_members()
+        self.members.activate(member)
+
+    def activate_by_sample(self) -> None:
+        """Lets the next passes deal out the rows of each batch over the members, in contiguous blocks."""
+        if self.config.member_assignment != "sample":
+            raise ValueError("activate_by_sample needs a config with member_assignment='sample'.")
+        self._move_members()
+        self.members.mode = "sample"
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the model computes with the average of the members."""
+        mode, index = self.members.mode, self.members.index
+        self.activate(None)
+        try:
+            yield
+        finally:
+            self.members.mode, self.members.index = mode, index
+
+    @torch.no_grad()
+    def release(self, generator: torch.Generator | None = None) -> None:
+        """
+        T0: every member becomes the shared value plus noise, φ_k = φ_0 + σ0 · rms(φ_0) · N(0, I).
+
+        Args:
+            generator (`torch.Generator`, *optional*):
+                A CPU generator for the noise. Processes that train together must pass equally seeded ones.
+
+        Raises:
+            `RuntimeError`: If the members were released before.
+        """
+        if self.released:
+            raise RuntimeError("The members were released before; rejoin() makes them one again.")
+        for stack in self.stacks().values():
+            self._set_members(stack, stack_of(stack)[:1], generator)
+        self.members.released = True
+
+    @torch.no_grad()
+    def rejoin(self) -> None:
+        """Undoes a release: the average of the members becomes the shared value."""
+        for stack in self.stacks().values():
+            self._set_members(stack, self.members.average(stack_of(stack)).unsqueeze(0), None, noise=False)
+        self.members.released = False
+
+    @torch.no_grad()
+    def share_first_member(self, stacks: list[Tensor]) -> None:
+        """Writes row 0 of each stack `[K, ...]` into all its rows."""
+        for stack in stacks:
+            self._set_members(stack, stack_of(stack)[:1], None, noise=False)
+
+    def averaged_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """
+        Returns the averaged model's weights under the plain keys of the original architecture.
+
+        Args:
+            state_dict (`dict[str, torch.Tensor]`, *optional*):
+                A full state dict of the attached model to fold, gathered from a sharded model or averaged over time.
+                `None`: the model's own.
+        """
+        source = self.model.state_dict() if state_dict is None else state_dict
+        folded: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for attachment in self._attachments:
+                prefix = attachment.prefix
+                tensors = {k.removeprefix(prefix): v for k, v in source.items() if k.startswith(prefix)}
+                folded[attachment.target.key] = self._parametrization(attachment).fold(tensors).detach()
+        return {key: folded.get(key, source.get(key)) for key in self._plain_keys}
+
+    def averaged_model(self) -> nn.Module:
+        """Returns a new stock model, on the same device and in the same mode, that holds the averaged weights."""
+        model = copy.deepcopy(self.model)
+        detach(model, self._attachments, self._averaged_targets(copied=True))
+        return model
+
+    @torch.no_grad()
+    def load_averaged_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Makes every member the one of a plain state dict: rank-1 factors 1, stacks equal copies."""
+        own = self.model.state_dict()
+        names = self._stack_names
+        for name, tensor in own.items():
+            plain = self.plain_name(name)
+            if plain is None:
+                tensor.fill_(1)
+            elif plain in state_dict:
+                tensor.copy_(state_dict[plain].to(tensor).expand_as(tensor) if name in names else state_dict[plain])
+
+    def detach(self) -> nn.Module:
+        """Makes the model the stock model again, in place, with the averaged weights, and returns it."""
+        detach(self.model, self._attachments, self._averaged_targets())
+        self._attachments = []
+        return self.model
+
+    def distance_from_mean(self) -> Tensor:
+        """Returns the rms distance of the members from their mean, relative to the rms of the mean (0-d, on device)."""
+        spread, size = [], []
+        with torch.no_grad():
+            for stack in self.stacks().values():
+                values = stack_of(stack)
+                mean = values.mean(0, keepdim=True)
+                spread.append((values - mean).square().float().mean(0).sum())
+                size.append(mean.square().float().sum())
+            return (torch.stack(spread).sum() / torch.stack(size).sum()).sqrt()
+
+    def _averaged_targets(self, copied: bool = False) -> dict[str, Tensor]:
+        averaged = self.averaged_state_dict()
+        values = {target.key: averaged[target.key] for target in self.targets}
+        return {key: value.clone() for key, value in values.items()} if copied else values
+
+    def _parametrization(self, attachment: Attachment) -> nn.Module:
+        module = self.model.get_submodule(attachment.target.module)
+        return module.parametrizations[attachment.target.tensor][0]  # type: ignore[operator, union-attr, index]
+
+    def _set_members(
+        self, stack: Tensor, shared: Tensor, generator: torch.Generator | None, noise: bool = True
+    ) -> None:
+        """Writes φ_0 (`[1, ...]`), with noise if the config asks for it, into every member of a stack."""
+        values = shared.expand(stack.shape)
+        if noise and self.config.init_noise:
+            # Drawn on the CPU so that every process and device draws the same.
+            drawn = torch.randn(stack.shape, generator=generator, dtype=torch.float64)
+            rms = shared.double().square().mean().sqrt()
+            values = (values.double() + self.config.init_noise * rms * drawn.to(rms.device)).to(stack.dtype)
+        if isinstance(stack, DTensor):
+            values = distribute_tensor(values.contiguous(), stack.device_mesh, stack.placements)
+        else:
+            values = values.clone()
+        stack.copy_(values)
+
+    def _move_members(self) -> None:
+        first = next(iter(self.model.parameters()))
+        self.members.to(first.device)
+
+
+def stack_of(parameter: Tensor) -> Tensor:
+    """Returns the whole tensor of a possibly sharded parameter."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+__all__ = ["LatePhase", "members_of", "stack_of"]

@@ -1,0 +1,56 @@
+"""What is logged of the members while they train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class MemberMonitor:
+    """
+    Collects the members' losses on the device between two logs; only [`~MemberMonitor.summary`] reads them.
+
+    Args:
+        trainer (`LatePhaseMixin`):
+            The trainer whose members are watched.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.gradient_norms: tuple[Tensor, Tensor] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the losses collected so far."""
+        self._sums: Tensor | None = None
+        self._counts = [0] * self._trainer.late_phase.num_members
+
+    def add(self, member: int, loss: Tensor, factor: float) -> None:
+        """Takes in `loss * factor`, the mean loss of one minibatch of a member."""
+        if self._sums is None:
+            self._sums = torch.zeros(len(self._counts), dtype=torch.float32, device=loss.device)
+        self._sums[member].add_(loss, alpha=factor)
+        self._counts[member] += 1
+
+    def summary(self) -> dict[str, float]:
+        """Returns the figures to log, over all processes, and starts anew."""
+        late_phase = self._trainer.late_phase
+        figures = {"late_phase": float(late_phase.released)}
+        if not late_phase.released:
+            return figures
+        if self._sums is not None and not self._trainer.cycle.by_sample:
+            sums = self._sums
+            counts = torch.tensor(self._counts, dtype=sums.dtype, device=sums.device)
+            totals = self._trainer.accelerator.reduce(torch.stack([sums, counts]), "sum")
+            seen = totals[1] > 0
+            losses = totals[0][seen] / totals[1][seen]
+            figures["member_loss_mean"] = losses.mean().item()
+            figures["member_loss_std"] = losses.std(correction=0).item()
+        if late_phase.num_members > 1:
+            figures["member_distance"] = late_phase.distance_from_mean().item()
+        if self.gradient_norms is not None:
+            figures["base_grad_norm"], figures["member_grad_norm"] = (n.item() for n in self.gradient_norms)
+        self.reset()
+        return figures

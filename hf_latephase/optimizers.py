@@ -1,0 +1,96 @@
+"""Which optimizers treat a stack of members as separate members."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def check_elementwise(optimizer: Optimizer) -> None:
+    """
+    Refuses an optimizer whose update of one member depends on the others.
+
+    Members lie stacked in one tensor, which equals separate optimizers only if the update is elementwise. That is
+    tried out, not looked up: two steps on a small stack are compared with two steps on its parts.
+
+    Raises:
+        `ValueError`: If the optimizer mixes elements of a tensor (Adafactor, Muon, LAMB, block-wise 8-bit states).
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    # Matrices and vectors, since some optimizers treat them differently; large and odd enough for 8-bit blocks.
+    for shape in ((2, 65, 65), (2, 65)):
+        generator = torch.Generator().manual_seed(0)
+        stack, *gradients = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
+        for gradient in gradients:
+            gradient[1] *= 100  # members far apart in size show a norm that is taken over both
+        try:
+            together = _steps(optimizer, [stack], [[g] for g in gradients])[0]
+            apart = _steps(optimizer, list(stack), [list(g) for g in gradients])
+        except Exception as error:
+            raise ValueError(_refusal(optimizer, f"it cannot update a stack of shape {shape} ({error})")) from error
+        if not torch.allclose(together, torch.stack(apart), rtol=1e-5, atol=1e-7):
+            reason = "it mixes the elements of a tensor, so members would not be independent"
+            raise ValueError(_refusal(optimizer, reason))
+
+
+def _steps(optimizer: Optimizer, tensors: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
+    """Returns what a fresh optimizer of the same kind and settings makes of some tensors."""
+    parameters = [nn.Parameter(t.clone()) for t in tensors]
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    trial = object.__new__(type(optimizer))
+    trial.__dict__.update(optimizer.__dict__)
+    trial.state = defaultdict(dict)
+    # The rate is that of a trial: a warm-up from zero would hide every difference.
+    trial.param_groups = [{**copy.deepcopy(settings), "params": parameters, "lr": 0.1}]
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        # The class's own step: the instance's may be wrapped by a scheduler or by accelerate.
+        type(optimizer).step(trial)
+    return [p.detach() for p in parameters]
+
+
+def _refusal(optimizer: Optimizer, reason: str) -> str:
+    return (
+        f"{type(optimizer).__name__} cannot train late-phase weights: {reason}. Use an elementwise optimizer such as "
+        "SGD, Adam or AdamW (`optim='adamw_torch'`)."
+    )
+
+
+class FrozenMembers:
+    """
+    Keeps members that saw no minibatch from decaying or coasting on momentum while the others step.
+
+    Their rows, in the weights and in the optimizer's state, are kept before the step and written back after it. A
+    step counter that all members share (Adam's) advances for them too.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`):
+            The optimizer about to step.
+        stacks (`list[torch.Tensor]`):
+            The members' parameters `[K, ...]`.
+        absent (`list[int]`):
+            The members that stay as they are.
+    """
+
+    def __init__(self, optimizer: Optimizer, stacks: list[Tensor], absent: list[int]) -> None:
+        self._optimizer = optimizer
+        self._stacks = stacks
+        self._absent = absent
+        self._kept = [[t.detach()[absent].clone() for t in self._rows(stack)] for stack in stacks]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Writes the rows back. State that the step created starts at zero, as for a member that never stepped."""
+        for stack, kept in zip(self._stacks, self._kept, strict=True):
+            rows = self._rows(stack)
+            for index, tensor in enumerate(rows):
+                tensor[self._absent] = kept[index] if index < len(kept) else 0
+
+    def _rows(self, stack: Tensor) -> list[Tensor]:
+        state = self._optimizer.state.get(stack, {})
+        return [stack, *(t for t in state.values() if isinstance(t, Tensor) and t.shape == stack.shape)]

@@ -1,0 +1,103 @@
+"""Which member the late-phase weights of a model yield, and how members are averaged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class Members:
+    """
+    The state that all late-phase weights of one model share.
+
+    Modes: `"member"` (one member, the same for the whole pass), `"average"` (the mean of the members) and `"sample"`
+    (the rows of the batch are dealt out over the members in contiguous blocks).
+
+    Args:
+        num_members (`int`):
+            Number K of members.
+    """
+
+    def __init__(self, num_members: int) -> None:
+        self.num_members = num_members
+        self.mode = "member"
+        # Before T0 only member 0 lives.
+        self.released = False
+        self.indices = torch.arange(num_members)
+        self.index = self.indices[:1]
+        self._viewed_for: Tensor | None = None
+
+    def activate(self, member: int | None) -> None:
+        """Selects the member that later passes use; `None` selects the average. Launches no kernel."""
+        if member is None:
+            self.mode = "average"
+        elif 0 <= member < self.num_members:
+            self.mode = "member"
+            self.index = self.indices[member : member + 1]
+        else:
+            raise ValueError(f"There is no member {member}: num_members={self.num_members}, counted from 0.")
+
+    def to(self, device: torch.device) -> None:
+        """Moves the indices to the device of the weights, so that selecting never copies."""
+        if self.indices.device != device:
+            member = self.index.storage_offset()
+            self.indices = self.indices.to(device)
+            self.index = self.indices[member : member + 1]
+
+    def select(self, stack: Tensor) -> Tensor:
+        """Returns the value that the current mode asks for, `[...]`, of a stack `[K, ...]`."""
+        if self.mode == "average":
+            return self.average(stack)
+        if self._viewed_for is not None:
+            return self.dealt_view(stack, self._viewed_for)
+        if self.mode == "sample":
+            raise RuntimeError(
+                "A late-phase weight was read outside its layer's own call while member_assignment='sample' deals out "
+                "rows: this model computes with the bare weight. Use member_assignment='minibatch', or name the layer "
+                "in exclude_modules."
+            )
+        if self.num_members == 1:
+            return stack.squeeze(0)
+        return stack.index_select(0, self.index.to(stack.device)).squeeze(0)
+
+    def average(self, stack: Tensor) -> Tensor:
+        """Returns the mean of the members, exact to the bit where they are equal; before T0 the shared value."""
+        first = stack[0]
+        if not self.released or self.num_members == 1:
+            return first
+        return first + (stack - first).mean(0)
+
+    def deal(self, rows: Tensor) -> Tensor:
+        """
+        Views `[B, ...]` as `[K, B / K, ...]`: row block k belongs to member k.
+
+        Leading dimensions flattened row by row (`[B * T, ...]`) are dealt out correctly too.
+
+        Raises:
+            `ValueError`: If the rows cannot be shared out equally.
+        """
+        if rows.shape[0] % self.num_members:
+            raise ValueError(
+                f"member_assignment='sample' deals out the rows of each batch over num_members={self.num_members} "
+                f"members, but a layer was called with {rows.shape[0]} rows. Choose a batch size that num_members "
+                "divides, or member_assignment='minibatch'."
+            )
+        return rows.unflatten(0, (self.num_members, -1))
+
+    @contextlib.contextmanager
+    def viewing(self, rows: Tensor) -> Iterator[None]:
+        """Within it, vectors are read as stacks that broadcast over the dealt rows `[K, B / K, ..., n]`."""
+        self._viewed_for = rows
+        try:
+            yield
+        finally:
+            self._viewed_for = None
+
+    def dealt_view(self, stack: Tensor, rows: Tensor, dim: int = -1) -> Tensor:
+        """Views a stack `[K, n]` so that it broadcasts over dealt rows `[K, B / K, ..., n, ...]`, n at `dim` there."""
+        shape = [1] * rows.ndim
+        shape[0], shape[dim] = stack.shape
+        return stack.view(shape)

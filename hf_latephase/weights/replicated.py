@@ -1,0 +1,59 @@
+"""Late-phase weights that are copies of whole tensors: the output layer, every weight, and (see norm.py) norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .members import Members
+
+
+class Replicated(nn.Module):
+    """
+    Parametrization that keeps K copies `[K, ...]` of a tensor `[...]` and yields the active one.
+
+    Args:
+        members (`Members`):
+            The shared state.
+    """
+
+    def __init__(self, members: Members) -> None:
+        super().__init__()
+        self.members = members
+
+    def right_inverse(self, tensor: Tensor) -> Tensor:
+        """Returns the stack `[K, ...]` of copies."""
+        return tensor.detach().repeat(self.members.num_members, *[1] * tensor.ndim)
+
+    def forward(self, stack: Tensor) -> Tensor:
+        return self.members.select(stack)
+
+    def fold(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Returns the average of the stack `original`."""
+        return self.members.average(tensors["original"])
+
+
+def eligible(module: nn.Module) -> list[str]:
+    """Names all floating-point parameters of `module` itself."""
+    return [name for name, tensor in module.named_parameters(recurse=False) if tensor.is_floating_point()]
+
+
+def parametrization(members: Members, tensor: Tensor) -> nn.Module:
+    """Returns the parametrization of one tensor."""
+    return Replicated(members)
+
+
+def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
+    """A replicated linear layer's call for rows `[B, ..., n]` dealt out over the members: one batched product."""
+    parametrizations: Any = module.parametrizations
+    members: Members = parametrizations.weight[0].members
+    dealt = members.deal(rows)
+    stack = parametrizations.weight.original
+    outputs = torch.bmm(dealt.flatten(1, -2), stack.transpose(1, 2))
+    if "bias" in parametrizations:
+        outputs = outputs + parametrizations.bias.original.unsqueeze(1)
+    elif module.bias is not None:
+        outputs = outputs + module.bias
+    return outputs.unflatten(1, dealt.shape[1:-1]).flatten(0, 1)

@@ -1,0 +1,215 @@
+"""Which tensors of a model become late-phase weights."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from ..config import LatePhaseConfig
+from . import norm, rank1, replicated
+
+
+FAMILY_MODULES: dict[str, ModuleType] = {"rank1": rank1, "norm": norm, "head": replicated, "full": replicated}
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    One tensor that becomes a late-phase weight.
+
+    Attributes:
+        module (`str`): Name of the module in the model.
+        tensor (`str`): Name of the tensor in the module.
+        family (`str`): Family that replicates it.
+        rule (`str`): The pattern, or default, that chose it.
+    """
+
+    module: str
+    tensor: str
+    family: str
+    rule: str
+
+    @property
+    def key(self) -> str:
+        """The tensor's name in the plain state dict."""
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+
+def find_targets(model: nn.Module, config: LatePhaseConfig) -> list[Target]:
+    """
+    Finds the tensors that a config makes late-phase weights, and refuses what cannot work, changing nothing.
+
+    Raises:
+        `ValueError`: If a family finds no layer, a pattern matches nothing, a target is tied, frozen or already
+            parametrized; the message names the cause and the remedy.
+    """
+    modules = dict(model.named_modules())
+    tied = _tied_keys(model)
+    output_layer = find_output_layer(model)
+    patterns = _patterns(config)
+    candidates = {
+        family: _drop_excluded(_candidates(family, modules, output_layer), config, modules)
+        for family in config.weights
+    }
+    unmatched = [p for p in patterns if not any(_matches(p, name) for names in candidates.values() for name in names)]
+    if unmatched:
+        _refuse_pattern("target_modules", unmatched[0], candidates, modules)
+
+    targets: list[Target] = []
+    for family, names in candidates.items():
+        chosen = _choose(family, names, patterns, output_layer)
+        found = [
+            Target(name, tensor, family, rule)
+            for name, rule in chosen.items()
+            for tensor in FAMILY_MODULES[family].eligible(modules[name])
+        ]
+        targets.extend(_usable(family, found, modules, tied, explicit=bool(patterns)))
+    _refuse_overlap(targets)
+    return targets
+
+
+def find_output_layer(model: nn.Module) -> str | None:
+    """Names the output layer: what transformers calls the output embeddings, else the last linear layer."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    embeddings = get_output_embeddings() if callable(get_output_embeddings) else None
+    linear = None
+    for name, module in model.named_modules():
+        if embeddings is not None and module is embeddings:
+            return name
+        if isinstance(module, (nn.Linear, Conv1D)):
+            linear = name
+    return linear
+
+
+def _patterns(config: LatePhaseConfig) -> list[str]:
+    if config.target_modules in (None, ["all-linear"]):
+        return []
+    return list(config.target_modules or [])
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """PEFT's conventions: the full name, a suffix of it after a dot, or a regular expression for all of it."""
+    if name == pattern or name.endswith(f".{pattern}"):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"target_modules or exclude_modules: {pattern!r} is no regular expression: {error}.") from None
+
+
+def _candidates(family: str, modules: dict[str, nn.Module], output_layer: str | None) -> list[str]:
+    if family == "head":
+        return [output_layer] if output_layer is not None else []
+    return [name for name, module in modules.items() if FAMILY_MODULES[family].eligible(module)]
+
+
+def _choose(family: str, names: list[str], patterns: list[str], output_layer: str | None) -> dict[str, str]:
+    """Returns the chosen modules of a family, each with the rule that chose it."""
+    by_pattern = {name: p for p in reversed(patterns) for name in names if _matches(p, name)}
+    if by_pattern:
+        return {name: f"target_modules {by_pattern[name]!r}" for name in names if name in by_pattern}
+    if family == "rank1":
+        return {name: "all linear-like layers but the output layer" for name in names if name != output_layer}
+    return {name: f"every {family} layer" if family != "head" else "output layer" for name in names}
+
+
+def _drop_excluded(names: list[str], config: LatePhaseConfig, modules: dict[str, nn.Module]) -> list[str]:
+    excluded = config.exclude_modules or []
+    for pattern in excluded:
+        if not any(_matches(pattern, name) for name in modules):
+            _refuse_pattern("exclude_modules", pattern, {"any": list(modules)}, modules)
+    return [name for name in names if not any(_matches(pattern, name) for pattern in excluded)]
+
+
+def _usable(
+    family: str, found: list[Target], modules: dict[str, nn.Module], tied: dict[str, list[str]], explicit: bool
+) -> list[Target]:
+    """Drops tied and frozen tensors that a default chose, and refuses those that the user asked for."""
+    if not found:
+        raise ValueError(
+            f"weights={family!r}: the model has no layer of this family to replicate ({_what(family)}). Choose another "
+            "family in `weights`, or check target_modules and exclude_modules."
+        )
+    usable = []
+    reasons = []
+    for target in found:
+        module = modules[target.module]
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{target.module!r} is parametrized already (by an attached LatePhase, weight_norm or the like). "
+                "Detach that first, or name the module in exclude_modules."
+            )
+        if target.key in tied:
+            reason = f"{target.key!r} is tied to {[k for k in tied[target.key] if k != target.key]}"
+            asked_for = target.rule.startswith("target_modules") or family == "head"
+            if asked_for:
+                raise ValueError(
+                    f"{reason}: replicating one side of a tied weight would untie the model. Untie it "
+                    f"(config.tie_word_embeddings=False), or leave it out of {'weights' if not explicit else 'target_modules'}."
+                )
+            reasons.append(reason)
+        elif family != "rank1" and not getattr(module, target.tensor).requires_grad:
+            reasons.append(f"{target.key!r} is frozen (requires_grad=False)")
+        else:
+            usable.append(target)
+    if not usable:
+        raise ValueError(f"weights={family!r}: no tensor can be replicated: {reasons[0]}.")
+    if family == "full" and any("tied" in reason for reason in reasons):
+        raise ValueError(f"weights=['full']: {reasons[0]}. Untie the model first (config.tie_word_embeddings=False).")
+    return usable
+
+
+def _what(family: str) -> str:
+    return {
+        "rank1": "nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU, but for the output layer",
+        "norm": "LayerNorm, RMSNorm, GroupNorm",
+        "head": "an output layer",
+        "full": "any parameter",
+    }[family]
+
+
+def _tied_keys(model: nn.Module) -> dict[str, list[str]]:
+    """Maps each parameter name that shares its tensor with others to all of their names."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tied = {}
+    for group in names.values():
+        # One module registered under two names is shared, not tied: it is replicated once for both.
+        owners = {(id(modules[name.rpartition(".")[0]]), name.rpartition(".")[2]) for name in group}
+        if len(owners) > 1:
+            tied.update(dict.fromkeys(group, group))
+    return tied
+
+
+def _refuse_pattern(
+    field: str, pattern: str, candidates: dict[str, list[str]], modules: dict[str, nn.Module]
+) -> None:
+    eligible = sorted({name for names in candidates.values() for name in names})
+    if any(_matches(pattern, name) for name in modules):
+        raise ValueError(
+            f"{field}: {pattern!r} matches only modules that no family in weights={list(candidates)} can replicate. "
+            f"Modules that it could name: {eligible[:8]}."
+        )
+    suffixes = sorted({name.rpartition(".")[2] for name in eligible} | set(eligible))
+    nearest = difflib.get_close_matches(pattern, suffixes, n=5, cutoff=0.3) or suffixes[:5]
+    raise ValueError(f"{field}: {pattern!r} matches no module. The nearest modules are {nearest}.")
+
+
+def _refuse_overlap(targets: list[Target]) -> None:
+    seen: dict[str, str] = {}
+    for target in targets:
+        if target.key in seen:
+            raise ValueError(
+                f"{target.key!r} would be replicated by both {seen[target.key]!r} and {target.family!r}. Narrow "
+                "target_modules, or drop a family from weights."
+            )
+        seen[target.key] = target.family

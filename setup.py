@@ -1,0 +1,65 @@
+# Copyright 2026 The hf_latephase authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+# The floors are the releases this package was tested with; none is known below them.
+INSTALL_REQUIRES = [
+    "transformers[torch]>=5.23",
+    "torch>=2.13",
+    "accelerate>=1.15",
+    "datasets>=5.2",
+    "evaluate>=0.4.6",
+    "safetensors",
+    "numpy",
+]
+
+EXTRAS: dict[str, list[str]] = {
+    "examples": ["matplotlib", "pyyaml", "scikit-learn"],
+    # torchvision imports only beside the torch of its own release: install the two in one command.
+    "vision": ["torchvision", "timm"],
+    "quality": ["ruff", "mypy", "types-PyYAML"],
+}
+EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", *EXTRAS["examples"]]
+EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="hf_latephase",
+    version="0.1.0.dev0",
+    description="Late-phase weights (ICLR 2021) for the Trainer of Hugging Face transformers",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The hf_latephase authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="deep learning, weight averaging, late-phase weights, ensembles, transformers, pytorch",
+    packages=find_packages(include=["hf_latephase", "hf_latephase.*"]),
+    package_data={"hf_latephase": ["py.typed", "templates/*"]},
+    python_requires=">=3.11",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

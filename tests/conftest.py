@@ -1,0 +1,19 @@
+"""Keeps tests off the network, quiet and reproducible."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+# Tiny models: a second thread costs more than it gives, all the more when tests run side by side.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

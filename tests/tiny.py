@@ -1,0 +1,117 @@
+"""Tiny models, data and trainers that the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_latephase import LatePhaseConfig, LatePhaseTrainer
+from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
+
+
+VOCAB = 48
+
+
+def gpt2(dropout: float = 0.0, **kwargs: Any) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, **kwargs,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    # Not set by transformers 5.23, whose Trainer then divides by the unshifted labels too.
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def llama(**kwargs: Any) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, **kwargs,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def lstm(dropout: float = 0.0, **kwargs: Any) -> LSTMForCausalLM:
+    config = LSTMLMConfig(vocab_size=VOCAB, embedding_size=16, hidden_size=16, dropout=dropout, **kwargs)
+    return LSTMForCausalLM(config)
+
+
+def exact_loss(logits: Any, labels: Any, vocab_size: int, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    """transformers' causal loss, which computes in float32 whatever the model's dtype, in that dtype."""
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    if num_items_in_batch is None:
+        return nn.functional.cross_entropy(logits, labels)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def double(model: Any) -> Any:
+    """The model in float64, its loss included."""
+    model.loss_function = exact_loss
+    return model.double()
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "lstm": lstm}
+
+
+class Text(Dataset):
+    """Random token rows, the same for the same seed."""
+
+    def __init__(self, rows: int, length: int = 8, seed: int = 1) -> None:
+        self.ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+    def batches(self, size: int) -> list[dict[str, torch.Tensor]]:
+        """The minibatches of one epoch without shuffling."""
+        return [{"input_ids": rows, "labels": rows} for rows in self.ids.split(size)]
+
+
+def arguments(folder: str | Path, **kwargs: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 10,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": 0.0,
+        "seed": 0,
+    }
+    return TrainingArguments(str(folder), **{**defaults, **kwargs})
+
+
+def trainer(
+    folder: str | Path,
+    model: nn.Module,
+    config: LatePhaseConfig | None,
+    rows: int = 64,
+    trainer_class: type | None = None,
+    optimizer: tuple[type, dict[str, Any]] | None = None,
+    extra: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A LatePhaseTrainer, or with `config=None` a plain Trainer, on a little random text."""
+    late = {} if config is None else {"late_phase_config": config}
+    return (trainer_class or (Trainer if config is None else LatePhaseTrainer))(
+        model=model,
+        args=arguments(folder, **kwargs),
+        train_dataset=Text(rows),
+        eval_dataset=Text(12, seed=2),
+        optimizer_cls_and_kwargs=optimizer,
+        **late,
+        **(extra or {}),
+    )
