@@ -218,7 +218,7 @@ class LatePhase:
         with torch.no_grad():
             for stack in self.stacks().values():
                 values = stack_of(stack)
-                mean = values.mean(0, keepdim=True)
+                mean = self.members.average(values).unsqueeze(0)
                 spread.append((values - mean).square().float().mean(0).sum())
                 size.append(mean.square().float().sum())
             return (torch.stack(spread).sum() / torch.stack(size).sum()).sqrt()

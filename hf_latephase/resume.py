@@ -46,6 +46,9 @@ class StateKeeper:
         tensors |= {f"held.{name}": value for name, value in trainer._held.items()}
         if average is not None:
             tensors |= {f"average.{name}": value for name, value in average.values.items()}
+        if trainer._grad_norm is not None and trainer._monitor.gradient_norms is not None:
+            # Logged again until the next cycle ends.
+            tensors["log.gradient_norms"] = torch.stack([trainer._grad_norm, *trainer._monitor.gradient_norms])
         tensors = {name: stack_of(value) for name, value in tensors.items()}
         targets, num_members = self._identity
         state = {
@@ -85,13 +88,13 @@ class StateKeeper:
             trainer.weight_average.values = {
                 name: _like(parameters[name], value) for name, value in _part(tensors, "average.").items()
             }
-        self._resumed = (_part(tensors, "held."), state)
+        self._resumed = (tensors, state)
 
     def resume(self) -> bool:
         """Puts back held gradients and the position in the cycle, if a checkpoint was loaded for this training."""
         if self._resumed is None:
             return False
-        (held, state), self._resumed = self._resumed, None
+        (tensors, state), self._resumed = self._resumed, None
         trainer = self._trainer
         if trainer.state.global_step == 0:
             return False
@@ -102,7 +105,10 @@ class StateKeeper:
                 "cycle_length and number of processes, or from a checkpoint at the end of a cycle."
             )
         parameters = dict(trainer.late_phase.model.named_parameters())
-        trainer._held = {name: _like(parameters[name], value) for name, value in held.items()}
+        trainer._held = {name: _like(parameters[name], value) for name, value in _part(tensors, "held.").items()}
+        if "log.gradient_norms" in tensors:
+            norms = tensors["log.gradient_norms"].to(trainer.args.device)
+            trainer._grad_norm, trainer._monitor.gradient_norms = norms[0], (norms[1], norms[2])
         trainer.cycle.load_state_dict(state["cycle"])
         trainer._last_averaged = state["last_averaged"]
         return True
