@@ -34,7 +34,7 @@ EXTRAS: dict[str, list[str]] = {
     "vision": ["torchvision", "timm"],
     "quality": ["ruff", "mypy", "types-PyYAML"],
 }
-EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", *EXTRAS["examples"]]
+EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "optuna", "peft", "trl", *EXTRAS["examples"]]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 README = Path(__file__).parent / "README.md"

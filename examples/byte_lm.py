@@ -72,7 +72,7 @@ class ByteTrainer(LatePhaseTrainer):
 
 
 def sample_text(model: PreTrainedModel, prompt: bytes, num_bytes: int, seed: int) -> str:
-    """Let a model go on from a prompt. Of a text longer than its positions it sees the end."""
+    """Let a model go on from a prompt. A text longer than the model has positions is read from half of them back."""
     positions = None if is_recurrent(model) else getattr(model.config, "max_position_embeddings", None)
     ids = torch.from_numpy(encode_bytes(prompt))[None].to(model.device)
     total = ids.shape[1] + num_bytes
@@ -86,7 +86,8 @@ def sample_text(model: PreTrainedModel, prompt: bytes, num_bytes: int, seed: int
             seen, attention_mask=torch.ones_like(seen), do_sample=True, max_new_tokens=room, min_new_tokens=room
         )
         ids = torch.cat([ids, output[:, seen.shape[1] :]], dim=1)
-    return decode_ids(ids[0])
+    # A terminal would obey control characters.
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in decode_ids(ids[0]))
 
 
 def reload_and_check(folder: str, model: PreTrainedModel, probe: bytes) -> tuple[PreTrainedModel, float]:

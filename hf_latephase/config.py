@@ -96,48 +96,65 @@ class LatePhaseConfig:
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of an EMA over base and members."})
 
     def __post_init__(self) -> None:
-        if self.num_members < 1 or self.num_members != int(self.num_members):
-            raise ValueError(f"num_members must be a whole number of at least 1, got {self.num_members}.")
+        if not _is_count(self.num_members):
+            raise ValueError(
+                f"num_members must be a whole number of at least 1, got {self.num_members!r}. Choose 1 to replicate "
+                "nothing, 10 as in the paper."
+            )
         self._check_weights()
         for name in ("target_modules", "exclude_modules"):
             self._check_patterns(name)
         _check_number("late_phase_start", self.late_phase_start, "a share of all steps (below 1) or a number of steps")
         _check_number("init_noise", self.init_noise, "relative to the rms of each tensor; 0 adds none")
-        if not (math.isfinite(self.base_gradient_scale) and self.base_gradient_scale > 0):
+        if not (_is_finite(self.base_gradient_scale) and self.base_gradient_scale > 0):
             raise ValueError(
-                f"base_gradient_scale must be positive and finite, got {self.base_gradient_scale}: 1.0 sums the "
+                f"base_gradient_scale must be positive and finite, got {self.base_gradient_scale!r}: 1.0 sums the "
                 "members' base gradients, 1/num_members averages them."
             )
         if self.member_assignment not in ("minibatch", "sample"):
-            raise ValueError(f"member_assignment must be 'minibatch' or 'sample', got {self.member_assignment!r}.")
+            raise ValueError(
+                f"member_assignment must be 'minibatch' or 'sample', got {self.member_assignment!r}: choose one."
+            )
         if self.member_assignment == "sample" and "full" in self.weights:
             raise ValueError(
                 "member_assignment='sample' cannot run weights=['full']: one pass cannot give each row of a batch its "
                 "own copy of every weight. Use member_assignment='minibatch'."
             )
-        if self.cycle_length is not None and (self.cycle_length < 1 or self.cycle_length % self.num_members):
+        if self.cycle_length is not None and not (
+            _is_count(self.cycle_length) and self.cycle_length % self.num_members == 0
+        ):
             raise ValueError(
-                f"cycle_length must be a multiple of num_members={self.num_members}, so that every member sees equally "
-                f"many minibatches; got {self.cycle_length}."
+                f"cycle_length must be a multiple of num_members={self.num_members}, so that every member sees "
+                f"equally many minibatches; got {self.cycle_length!r}. Leave it out for the shortest cycle."
             )
         self._check_averaging()
 
     def _check_weights(self) -> None:
-        if isinstance(self.weights, str) or not self.weights:
-            raise ValueError(f"weights must be a list with at least one of {list(FAMILIES)}, got {self.weights!r}.")
+        if not isinstance(self.weights, (list, tuple)) or not self.weights:
+            raise ValueError(
+                f"weights must be a list with at least one of {list(FAMILIES)}, got {self.weights!r}. Write a single "
+                "one as a list of one."
+            )
         unknown = [family for family in self.weights if family not in FAMILIES]
         if unknown:
             raise ValueError(f"weights names unknown families {unknown}: choose from {list(FAMILIES)}.")
         if len(set(self.weights)) != len(self.weights):
-            raise ValueError(f"weights names a family twice: {self.weights}.")
+            raise ValueError(f"weights names a family twice: {self.weights}. Name each once.")
         if "full" in self.weights and len(self.weights) > 1:
-            raise ValueError(f"weights=['full'] replicates every weight and stands alone, got {self.weights}.")
+            raise ValueError(
+                f"weights=['full'] replicates every weight and stands alone, got {self.weights}. Drop the others, or "
+                "'full'."
+            )
 
     def _check_patterns(self, name: str) -> None:
         patterns = getattr(self, name)
         if patterns is None:
             return
-        if isinstance(patterns, str) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+        if (
+            not isinstance(patterns, (list, tuple))
+            or not patterns
+            or not all(isinstance(p, str) and p for p in patterns)
+        ):
             raise ValueError(
                 f"{name} must be None or a list of names or regular expressions, got {patterns!r}. "
                 "Write a single one as a list of one."
@@ -156,11 +173,17 @@ class LatePhaseConfig:
         if self.swa_every is not None:
             if self.swa_start is None:
                 raise ValueError("swa_every needs swa_start: set it, or leave both out.")
-            if not (math.isfinite(self.swa_every) and self.swa_every > 0):
-                raise ValueError(f"swa_every must be positive (a share of all steps, or steps), got {self.swa_every}.")
+            if not (_is_finite(self.swa_every) and self.swa_every > 0):
+                raise ValueError(
+                    f"swa_every must be positive (a share of all steps below 1, or steps), got {self.swa_every!r}. "
+                    "Leave it out to average after each update."
+                )
         if self.ema_decay is not None:
-            if not 0 < self.ema_decay < 1:
-                raise ValueError(f"ema_decay must lie between 0 and 1 (both excluded), got {self.ema_decay}.")
+            if not (_is_finite(self.ema_decay) and 0 < self.ema_decay < 1):
+                raise ValueError(
+                    f"ema_decay must lie between 0 and 1 (both excluded), got {self.ema_decay!r}. Leave it out for no "
+                    "average; 0.999 is usual."
+                )
             if self.swa_start is not None:
                 raise ValueError("swa_start and ema_decay exclude each other: choose one average.")
 
@@ -196,12 +219,17 @@ class LatePhaseConfig:
 
         Raises:
             `FileNotFoundError`: If the folder holds none.
+            `ValueError`: If the file is damaged, or holds an unknown key or a value out of range.
         """
         path = os.path.join(save_directory, CONFIG_NAME)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"No {CONFIG_NAME} in {str(save_directory)!r}: nothing was saved there.")
         with open(path, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))
+            try:
+                values = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path!r} is not valid JSON ({error}). Save the config again.") from error
+        return cls.from_dict(values)
 
 
 def steps_at(point: float, max_steps: int) -> int:
@@ -210,5 +238,13 @@ def steps_at(point: float, max_steps: int) -> int:
 
 
 def _check_number(name: str, value: float, meaning: str) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative ({meaning}), got {value}.")
+    if not (_is_finite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative ({meaning}), got {value!r}.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

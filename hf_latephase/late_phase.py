@@ -9,11 +9,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .config import LatePhaseConfig
 from .weights import Attachment, Members, Target, attach, detach, find_targets
-from .weights.attach import members_of
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,6 +61,7 @@ class LatePhase:
         self.config = config
         self.members = Members(config.num_members)
         self._plain_keys = list(model.state_dict())
+        self._aliases = _aliases(model)
         self._attachments = attach(model, targets, self.members, by_sample=config.member_assignment == "sample")
         self._move_members()
 
@@ -186,7 +186,7 @@ class LatePhase:
                 prefix = attachment.prefix
                 tensors = {k.removeprefix(prefix): v for k, v in source.items() if k.startswith(prefix)}
                 folded[attachment.target.key] = self._parametrization(attachment).fold(tensors).detach()
-        return {key: folded.get(key, source.get(key)) for key in self._plain_keys}
+        return {key: folded.get(self._aliases.get(key, key), source.get(key)) for key in self._plain_keys}
 
     def averaged_model(self) -> nn.Module:
         """Returns a new stock model, on the same device and in the same mode, that holds the averaged weights."""
@@ -253,9 +253,21 @@ class LatePhase:
         self.members.to(first.device)
 
 
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Maps each key of a shared module's parameters to the key under its first name, which targets go by."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
 def stack_of(parameter: Tensor) -> Tensor:
     """Returns the whole tensor of a possibly sharded parameter."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
-__all__ = ["LatePhase", "members_of", "stack_of"]
+def rows_like(stack: Tensor, values: list[float]) -> Tensor:
+    """Returns one value a member as `[K, 1, ...]`, sharded like a stack `[K, ...]` so that the two broadcast."""
+    rows = torch.tensor(values, dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.ndim - 1))
+    if isinstance(stack, DTensor):
+        placements = [p if p.is_shard(0) else Replicate() for p in stack.placements]
+        return distribute_tensor(rows, stack.device_mesh, placements)
+    return rows

@@ -34,16 +34,27 @@ class MemberMonitor:
         self._sums[member].add_(loss, alpha=factor)
         self._counts[member] += 1
 
+    def collected(self) -> Tensor | None:
+        """Returns the sums and counts `[2, K]` since the last log over all processes, `None` without any."""
+        if self._sums is None:
+            return None
+        counts = torch.tensor(self._counts, dtype=self._sums.dtype, device=self._sums.device)
+        return self._trainer.accelerator.reduce(torch.stack([self._sums, counts]), "sum")
+
+    def restore(self, collected: Tensor | None) -> None:
+        """Goes on from what a checkpoint's run had collected; one process takes it over for all."""
+        if collected is not None:
+            sums, counts = collected if self._trainer.is_world_process_zero() else torch.zeros_like(collected)
+            self._sums, self._counts = sums.to(self._trainer.args.device), counts.int().tolist()
+
     def summary(self) -> dict[str, float]:
         """Returns the figures to log, over all processes, and starts anew."""
         late_phase = self._trainer.late_phase
         figures = {"late_phase": float(late_phase.released)}
         if not late_phase.released:
             return figures
-        if self._sums is not None and not self._trainer.cycle.by_sample:
-            sums = self._sums
-            counts = torch.tensor(self._counts, dtype=sums.dtype, device=sums.device)
-            totals = self._trainer.accelerator.reduce(torch.stack([sums, counts]), "sum")
+        totals = self.collected()
+        if totals is not None and not self._trainer.cycle.by_sample:
             seen = totals[1] > 0
             losses = totals[0][seen] / totals[1][seen]
             figures["member_loss_mean"] = losses.mean().item()

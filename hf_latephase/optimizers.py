@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .late_phase import rows_like
+
 
 def check_elementwise(optimizer: Optimizer) -> None:
     """
@@ -81,15 +83,16 @@ class FrozenMembers:
         self._optimizer = optimizer
         self._stacks = stacks
         self._absent = absent
-        self._kept = [[t.detach()[absent].clone() for t in self._rows(stack)] for stack in stacks]
+        self._kept = [[t.detach().clone() for t in self._rows(stack)] for stack in stacks]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes the rows back. State that the step created starts at zero, as for a member that never stepped."""
         for stack, kept in zip(self._stacks, self._kept, strict=True):
-            rows = self._rows(stack)
-            for index, tensor in enumerate(rows):
-                tensor[self._absent] = kept[index] if index < len(kept) else 0
+            absent = rows_like(stack, [float(member in self._absent) for member in range(stack.shape[0])]).bool()
+            for index, tensor in enumerate(self._rows(stack)):
+                before = kept[index] if index < len(kept) else torch.zeros_like(tensor)
+                tensor.copy_(torch.where(absent, before, tensor))
 
     def _rows(self, stack: Tensor) -> list[Tensor]:
         state = self._optimizer.state.get(stack, {})

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .checkpoint import load_state, save_state
+from .checkpoint import check_trainers_files, damaged, load_state, read_tensors, save_state
 from .late_phase import stack_of
+
+
+@dataclass
+class Saved:
+    """What was read from a checkpoint and fits the trainer; `weights` are the model's tensors (not with FSDP)."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    weights: dict[str, Tensor]
 
 
 class StateKeeper:
     """
     Saves and restores a trainer's late-phase state.
 
-    A checkpoint's stock weights file holds the average. Beside it goes what that file does not tell: the members, the
-    base weights below rank-1 factors, all current weights once an average over time is saved in their place, the
-    gradients of an unfinished cycle, and the averages.
+    A checkpoint's stock weights file holds the average. Beside it goes what that file does not hold to the bit: the
+    members, the base weights below rank-1 factors, all current weights once an average over time is saved in their
+    place, and those that transformers renames, splits or fuses on their way to the disk. Then the gradients of an
+    unfinished cycle, the averages, and the losses not yet logged.
 
     Args:
         trainer (`LatePhaseMixin`):
@@ -31,7 +42,8 @@ class StateKeeper:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._checked: tuple[str, Saved] | None = None
+        self._resumed: Saved | None = None
 
     @property
     def _identity(self) -> tuple[list[str], int]:
@@ -49,6 +61,10 @@ class StateKeeper:
         if trainer._grad_norm is not None and trainer._monitor.gradient_norms is not None:
             # Logged again until the next cycle ends.
             tensors["log.gradient_norms"] = torch.stack([trainer._grad_norm, *trainer._monitor.gradient_norms])
+        # Trainer forgets the losses since the last log.
+        tensors["log.loss"] = trainer.accelerator.reduce(trainer._tr_loss.detach().clone(), "mean")
+        if (losses := trainer._monitor.collected()) is not None:
+            tensors["log.member_losses"] = losses
         tensors = {name: stack_of(value) for name, value in tensors.items()}
         targets, num_members = self._identity
         state = {
@@ -60,50 +76,70 @@ class StateKeeper:
             "steps_per_cycle": trainer.cycle.steps_per_cycle,
             "num_averaged": average.num_averaged if average is not None else 0,
             "last_averaged": trainer._last_averaged,
+            "last_logged": trainer._globalstep_last_logged,
         }
         if trainer.args.should_save:
             save_state(folder, tensors, state)
 
-    def read(self, folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Reads and checks a checkpoint's state; nothing is changed yet."""
-        tensors, state = load_state(folder, *self._identity)
-        for name, tensor in self._model_tensors().items():
-            saved = tensors.get(f"model.{name}")
-            if saved is not None and saved.shape != tensor.shape:
-                raise ValueError(
-                    f"The checkpoint {folder!r} holds {name!r} of shape {list(saved.shape)}, the model of shape "
-                    f"{list(tensor.shape)}: it was written for another model."
-                )
-        return tensors, state
+    def check(self, folder: str) -> None:
+        """Refuses a checkpoint that training cannot go on from, before anything is changed."""
+        self._checked = (folder, self._read(folder, to_train=True))
 
-    def load(self, folder: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def read(self, folder: str, to_train: bool = True) -> Saved:
+        """Reads a checkpoint, unless `check` just did; nothing is changed yet."""
+        checked, self._checked = self._checked, None
+        return checked[1] if checked is not None and checked[0] == folder else self._read(folder, to_train)
+
+    def _read(self, folder: str, to_train: bool) -> Saved:
+        tensors, state = load_state(folder, *self._identity)
+        own = self._model_tensors()
+        for kind in ("model.", "held.", "average."):
+            for name, value in _part(tensors, kind).items():
+                if name not in own or value.shape != own[name].shape:
+                    expected = list(own[name].shape) if name in own else "none of that name"
+                    raise ValueError(
+                        f"The checkpoint {folder!r} holds {name!r} of shape {list(value.shape)}, the model "
+                        f"{expected}: it was written for another model. Resume with the model that it was written for."
+                    )
+        if to_train:
+            check_trainers_files(folder)
+            self._check_cycle(folder, state)
+        weights = {} if self._trainer.is_fsdp_enabled else self._read_weights(folder, _part(tensors, "model."))
+        return Saved(tensors, state, weights)
+
+    def _check_cycle(self, folder: str, state: dict[str, Any]) -> None:
+        steps = self._trainer._new_cycle().steps_per_cycle
+        if state["cycle"]["rounds"] and state["steps_per_cycle"] != steps:
+            raise ValueError(
+                f"The checkpoint {folder!r} lies inside a cycle of {state['steps_per_cycle']} steps, but with these "
+                f"arguments a cycle takes {steps}. Resume with the same gradient_accumulation_steps, cycle_length and "
+                "number of processes, or from a checkpoint at the end of a cycle."
+            )
+
+    @torch.no_grad()
+    def load(self, saved: Saved) -> None:
         """Puts weights and averages back; held gradients and the position wait for `resume`."""
-        trainer = self._trainer
+        trainer, state = self._trainer, saved.state
         if not trainer.is_fsdp_enabled:
-            self._load_weights(folder, tensors)
+            for name, tensor in self._model_tensors().items():
+                tensor.copy_(saved.weights[name])
         trainer.late_phase.members.released = state["released"]
         if trainer.weight_average is not None:
             parameters = dict(trainer.late_phase.model.named_parameters())
             trainer.weight_average.num_averaged = state["num_averaged"]
             trainer.weight_average.values = {
-                name: _like(parameters[name], value) for name, value in _part(tensors, "average.").items()
+                name: _like(parameters[name], value) for name, value in _part(saved.tensors, "average.").items()
             }
-        self._resumed = (tensors, state)
+        self._resumed = saved
 
     def resume(self) -> bool:
         """Puts back held gradients and the position in the cycle, if a checkpoint was loaded for this training."""
         if self._resumed is None:
             return False
-        (tensors, state), self._resumed = self._resumed, None
-        trainer = self._trainer
+        saved, self._resumed = self._resumed, None
+        trainer, tensors, state = self._trainer, saved.tensors, saved.state
         if trainer.state.global_step == 0:
             return False
-        if state["cycle"]["rounds"] and state["steps_per_cycle"] != trainer.cycle.steps_per_cycle:
-            raise ValueError(
-                f"The checkpoint lies inside a cycle of {state['steps_per_cycle']} steps, but with these arguments a "
-                f"cycle takes {trainer.cycle.steps_per_cycle}. Resume with the same gradient_accumulation_steps, "
-                "cycle_length and number of processes, or from a checkpoint at the end of a cycle."
-            )
         parameters = dict(trainer.late_phase.model.named_parameters())
         trainer._held = {name: _like(parameters[name], value) for name, value in _part(tensors, "held.").items()}
         if "log.gradient_norms" in tensors:
@@ -111,6 +147,11 @@ class StateKeeper:
             trainer._grad_norm, trainer._monitor.gradient_norms = norms[0], (norms[1], norms[2])
         trainer.cycle.load_state_dict(state["cycle"])
         trainer._last_averaged = state["last_averaged"]
+        trainer._globalstep_last_logged = state["last_logged"]
+        trainer._tr_loss = tensors["log.loss"].to(trainer.args.device)
+        # The mean over this call of train(), which Trainer returns, leaves earlier steps out.
+        trainer._total_loss_scalar = -trainer._tr_loss.item()
+        trainer._monitor.restore(tensors.get("log.member_losses"))
         return True
 
     @torch.no_grad()
@@ -119,50 +160,69 @@ class StateKeeper:
         stock = _stock_weights(folder) if folder is not None else {}
         if not stock:
             raise FileNotFoundError(f"The best checkpoint {folder!r} is gone or holds no weights: nothing was loaded.")
-        self._trainer.late_phase.load_averaged_state_dict(stock)
+        late_phase = self._trainer.late_phase
+        if not all(set(names) & set(stock) for names in self._aliases().values() if names):
+            # Renamed, split or fused on the disk.
+            stock = type(late_phase.model).from_pretrained(folder, dtype="auto").state_dict()  # type: ignore[operator]
+        late_phase.load_averaged_state_dict(stock)
         if self._trainer.weight_average is not None:
             self._trainer.weight_average.num_averaged = 0
 
-    @torch.no_grad()
-    def _load_weights(self, folder: str, tensors: dict[str, Tensor]) -> None:
-        stock = _stock_weights(folder)
-        saved = _part(tensors, "model.")
-        own = self._model_tensors()
-        values = {}
-        for name, tensor in own.items():
-            value = saved.get(name, stock.get(self._trainer.late_phase.plain_name(name) or name))
+    def _read_weights(self, folder: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        stock, aliases = _stock_weights(folder), self._aliases()
+        weights = {}
+        for name, tensor in self._model_tensors().items():
+            value = saved.get(name, stock.get(_first(aliases[name], stock)))
             if value is None or value.shape != tensor.shape:
-                raise ValueError(f"The checkpoint {folder!r} is damaged: {name!r} is missing or of another shape.")
-            values[name] = value
-        for name, tensor in own.items():
-            tensor.copy_(values[name])
+                raise damaged(folder, f"no weights file holds {name!r} of shape {list(tensor.shape)}")
+            weights[name] = value
+        return weights
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        """The model's parameters and persistent buffers, each tied one once."""
-        model = self._trainer.late_phase.model
-        seen: set[int] = set()
-        tensors = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                tensors[name] = tensor
-        return tensors
+        """The model's parameters and persistent buffers, each tied one once, by the first of its names."""
+        return {names[0]: tensor for names, tensor in self._tied()}
+
+    def _aliases(self) -> dict[str, list[str]]:
+        """The plain names that each of the model's tensors may have in the stock file."""
+        plain_name = self._trainer.late_phase.plain_name
+        return {names[0]: [plain for name in names if (plain := plain_name(name))] for names, _ in self._tied()}
+
+    def _tied(self) -> list[tuple[list[str], Tensor]]:
+        tied: dict[int, tuple[list[str], Tensor]] = {}
+        for name, tensor in self._trainer.late_phase.model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor):
+                tied.setdefault(id(tensor), ([], tensor))[0].append(name)
+        return list(tied.values())
 
     def _unsaved_weights(self, folder: str) -> dict[str, Tensor]:
-        late_phase, average = self._trainer.late_phase, self._trainer.weight_average
         if self._trainer.is_fsdp_enabled:
             return {}  # accelerate saves the sharded model with its members
-        replaced = {target.key for target in late_phase.targets}
-        stock = _stock_names(folder)
-        averaged = average.values if average is not None and average.num_averaged else {}
-        return {
-            name: tensor.detach()
-            for name, tensor in self._model_tensors().items()
-            if (plain := late_phase.plain_name(name)) is None
-            or plain in replaced
-            or plain not in stock
-            or name in averaged
-        }
+        if not self._trainer.args.should_save:
+            return {}
+        paths: dict[str, str] = {}
+        for path in _stock_files(folder):
+            with safe_open(path, framework="pt") as file:
+                paths |= dict.fromkeys(file.keys(), path)
+        unsaved, aliases = {}, self._aliases()
+        for name, tensor in self._model_tensors().items():
+            key = _first(aliases[name], paths)
+            # Compared, since a key may stand for something else on the disk than in the model.
+            if not key or not _same_bits(_stock_tensor(paths[key], key), tensor):
+                unsaved[name] = tensor.detach()
+        return unsaved
+
+
+def _first(names: list[str], known: Collection[str]) -> str:
+    """Returns the first name that is known, the empty one if none is."""
+    return next((name for name in names if name in known), "")
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    left, right = left.detach(), right.detach().to(left.device)
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    # As bytes: -0.0 and 0.0 are equal, but not the same.
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
@@ -181,16 +241,13 @@ def _stock_files(folder: str) -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
 
 
-def _stock_names(folder: str) -> set[str]:
-    names: set[str] = set()
-    for path in _stock_files(folder):
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-    return names
+def _stock_tensor(path: str, key: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def _stock_weights(folder: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for path in _stock_files(folder):
-        weights |= load_file(path)
+        weights |= read_tensors(folder, os.path.basename(path))
     return weights

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+from transformers.utils import is_peft_available
+
 from .config import LatePhaseConfig
+from .weights import find_targets
 
 
 def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
@@ -37,6 +41,42 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
         )
     if config.member_assignment == "sample":
         _check_rows(trainer, config.num_members)
+
+
+def check_adapter(model: nn.Module, config: LatePhaseConfig, args: Any) -> None:
+    """
+    Refuses late-phase weights on a PEFT model that its adapter's file would lose.
+
+    Raises:
+        `ValueError`: Names the cause and the alternative.
+    """
+    if not is_peft_available():
+        return
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(model, PeftModel):
+        return
+    # Adapters read the dtype of their weights outside of the layers' own calls.
+    if config.member_assignment == "sample":
+        raise ValueError(
+            "member_assignment='sample' needs layers that are called with the batch alone, but a PEFT adapter also "
+            "reads their bare weights. Use member_assignment='minibatch'."
+        )
+    if args.load_best_model_at_end and args.save_only_model:
+        raise ValueError(
+            "load_best_model_at_end with save_only_model would leave only the averaged adapter, from which members "
+            "cannot be restored. Set save_only_model=False."
+        )
+    saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    for target in find_targets(model, config):
+        tensor = getattr(model.get_submodule(target.module), target.tensor)
+        # PEFT looks up its copies of whole layers by their parameters' names, which members change.
+        if tensor.data_ptr() not in saved or ".modules_to_save." in target.key:
+            raise ValueError(
+                f"{target.key!r} is no weight of the PEFT adapter's own, and PEFT saves no others that have members. "
+                "Choose the adapter's layers, say weights=['full'] with target_modules=['lora_A.default', "
+                "'lora_B.default'], or train the model without an adapter."
+            )
 
 
 def _check_rows(trainer: Any, num_members: int) -> None:

@@ -15,15 +15,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .averaging import WeightAverage
-from .checkpoint import has_state
+from .checkpoint import has_state, last_whole_checkpoint
 from .config import LatePhaseConfig, steps_at
 from .cycle import Cycle
 from .ensemble import MemberTable, ensemble_log_probs, negative_log_likelihood
-from .late_phase import LatePhase
+from .late_phase import LatePhase, rows_like
 from .monitor import MemberMonitor
 from .optimizers import FrozenMembers, check_elementwise
 from .resume import StateKeeper
-from .support import check_supported
+from .staging import Staging, keep_only, staging_folder
+from .support import check_adapter, check_supported
 
 
 logger = logging.get_logger(__name__)
@@ -58,11 +59,13 @@ class LatePhaseMixin:
 
     def __init__(self, *args: Any, late_phase_config: LatePhaseConfig | None = None, **kwargs: Any) -> None:
         self.late_phase_config = late_phase_config or LatePhaseConfig()
+        self._staging = Staging(self)
         super().__init__(*args, **kwargs)
         check_supported(self, self.late_phase_config)
         if self.model_init is None:
             self._attach(self.model)
-        self.add_callback(_LatePhaseCallback(self))
+        # Before the user's callbacks, which then see the averaged weights once a step is over.
+        self.callback_handler.callbacks.insert(0, _LatePhaseCallback(self))
 
     # ---- attaching ----
 
@@ -73,6 +76,7 @@ class LatePhaseMixin:
         return model
 
     def _attach(self, model: nn.Module) -> None:
+        check_adapter(model, self.late_phase_config, self.args)
         # Weight decay goes by the names and types of the plain model, which parametrizations hide.
         self._decaying = set(super().get_decay_parameter_names(model))
         self.late_phase = LatePhase(model, self.late_phase_config)
@@ -105,6 +109,20 @@ class LatePhaseMixin:
 
     # ---- the cycle ----
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Runs the parent's training. `resume_from_checkpoint=True` takes the last whole checkpoint in `output_dir`.
+
+        Raises:
+            `FileNotFoundError`, `ValueError`: If training cannot go on from the checkpoint; nothing is changed then.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint and self.model_init is None:
+            self._state_keeper.check(str(resume_from_checkpoint))
+        self._staging.clear(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _begin_training(self) -> None:
         """Resolves the points in training and refuses those that lie outside of it, before the first step."""
         config, max_steps = self.late_phase_config, self.state.max_steps
@@ -126,14 +144,7 @@ class LatePhaseMixin:
                 raise ValueError(
                     f"swa_start={config.swa_start} is step {self._swa_start}, but training ends at step {max_steps}."
                 )
-        self.cycle = Cycle(
-            num_members=config.num_members,
-            length=config.cycle_length,
-            accumulation_steps=self.args.gradient_accumulation_steps,
-            num_processes=self.accelerator.num_processes,
-            process_index=self.accelerator.process_index,
-            by_sample=config.member_assignment == "sample",
-        )
+        self.cycle = self._new_cycle()
         self._held = {}
         self._last_averaged = self.state.global_step
         self._monitor.reset()
@@ -141,6 +152,17 @@ class LatePhaseMixin:
             self.weight_average = self._new_average()
             if self.late_phase.released:
                 self.late_phase.rejoin()
+
+    def _new_cycle(self) -> Cycle:
+        config = self.late_phase_config
+        return Cycle(
+            num_members=config.num_members,
+            length=config.cycle_length,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            by_sample=config.member_assignment == "sample",
+        )
 
     @property
     def _in_cycles(self) -> bool:
@@ -175,10 +197,21 @@ class LatePhaseMixin:
         else:
             self.late_phase.activate(member)
         with self._synchronised_once_a_cycle(model), self._weighed_loss() as divisor:
-            loss = super().training_step(model, inputs, None)
+            loss = super().training_step(model, inputs, self._own_items(inputs))
         self._monitor.add(member, loss, divisor)
         # On Trainer's scale: the losses of a step add up to their mean.
         return loss * (divisor / self.current_gradient_accumulation_steps)
+
+    def _own_items(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Counts a minibatch's own targets for `compute_loss_func`; a model averages over them by itself."""
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        if self.compute_loss_func is None or not isinstance(labels, Tensor):
+            return None
+        if self._loss_shifts_labels and "shift_labels" not in inputs:
+            labels = labels[..., 1:]
+        # Trainer multiplies the loss by the number of processes when it counts over all of them.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return labels.ne(-100).sum() * processes
 
     @contextlib.contextmanager
     def _weighed_loss(self) -> Iterator[float]:
@@ -248,8 +281,7 @@ class LatePhaseMixin:
         if factors is not None:
             for stack in stacks:
                 assert stack.grad is not None
-                rows = stack.grad.new_tensor(factors)
-                stack.grad.mul_(rows.view(-1, *[1] * (stack.ndim - 1)))
+                stack.grad.mul_(rows_like(stack.grad, factors))
         # The gradients are sums over the members of those of each one's mean loss.
         members = self.late_phase.num_members
         base_norm, member_norm = _norm(base) / members, _norm(stacks) / members
@@ -302,7 +334,7 @@ class LatePhaseMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the phase, the members' losses and distance, and the gradient norms to Trainer's training logs."""
-        if "loss" in logs and "learning_rate" in logs and not self.cycle.is_plain:
+        if self.is_in_train and "loss" in logs and "learning_rate" in logs and not self.cycle.is_plain:
             logs.update(self._monitor.summary())
         super().log(logs, *args, **kwargs)
 
@@ -405,19 +437,39 @@ class LatePhaseMixin:
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict=self.late_phase.averaged_state_dict(state_dict))
+        if self.args.should_save:  # a sharded model's weights are gathered on that process only
+            state_dict = self.late_phase.averaged_state_dict(state_dict)
+        super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             self.late_phase_config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return staging_folder(run_dir) if self._staging.is_writing else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._staging.checkpoint(self._get_output_dir(trial)):
+            super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging.is_writing:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            keep_only(self._get_output_dir(trial), best)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self._state_keeper.save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = self._state_keeper.read(resume_from_checkpoint)
+        saved = self._state_keeper.read(resume_from_checkpoint)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._state_keeper.load(resume_from_checkpoint, *state)
+        self._state_keeper.load(saved)
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
@@ -428,7 +480,7 @@ class LatePhaseMixin:
         logger.info(f"Loading best model from {folder} (score: {self.state.best_metric}).")
         if self.is_fsdp_enabled:
             super()._load_best_model()
-        self._state_keeper.load(folder, *self._state_keeper.read(folder))
+        self._state_keeper.load(self._state_keeper.read(folder, to_train=False))
         self._held = {}
 
 

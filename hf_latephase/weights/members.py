@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 class Members:
@@ -28,7 +29,6 @@ class Members:
         self.released = False
         self.indices = torch.arange(num_members)
         self.index = self.indices[:1]
-        self._viewed_for: Tensor | None = None
 
     def activate(self, member: int | None) -> None:
         """Selects the member that later passes use; `None` selects the average. Launches no kernel."""
@@ -51,8 +51,6 @@ class Members:
         """Returns the value that the current mode asks for, `[...]`, of a stack `[K, ...]`."""
         if self.mode == "average":
             return self.average(stack)
-        if self._viewed_for is not None:
-            return self.dealt_view(stack, self._viewed_for)
         if self.mode == "sample":
             raise RuntimeError(
                 "A late-phase weight was read outside its layer's own call while member_assignment='sample' deals out "
@@ -87,17 +85,40 @@ class Members:
             )
         return rows.unflatten(0, (self.num_members, -1))
 
-    @contextlib.contextmanager
-    def viewing(self, rows: Tensor) -> Iterator[None]:
-        """Within it, vectors are read as stacks that broadcast over the dealt rows `[K, B / K, ..., n]`."""
-        self._viewed_for = rows
-        try:
-            yield
-        finally:
-            self._viewed_for = None
+    def run_each(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        Calls a layer once for every member, on its block of the rows of all tensors given, as one batched call (vmap).
 
-    def dealt_view(self, stack: Tensor, rows: Tensor, dim: int = -1) -> Tensor:
-        """Views a stack `[K, n]` so that it broadcasts over dealt rows `[K, B / K, ..., n, ...]`, n at `dim` there."""
+        Slower than a formula that knows the layer, and right for every layer: within the call a weight has its plain
+        shape.
+        """
+        leaves, structure = tree_flatten((args, kwargs))
+        dealt = [self.deal(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        dims = tuple(0 if isinstance(leaf, Tensor) else None for leaf in leaves)
+        mode, index = self.mode, self.index
+
+        def one(member: Tensor, *leaves: Any) -> Any:
+            self.index = member.unsqueeze(0)
+            args, kwargs = tree_unflatten(list(leaves), structure)
+            return call(*args, **kwargs)
+
+        self.mode = "member"
+        try:
+            outputs = torch.vmap(one, in_dims=(0, *dims), randomness="different")(self.indices, *dealt)
+        finally:
+            self.mode, self.index = mode, index
+        return tree_map(lambda output: output.flatten(0, 1), outputs)
+
+    def dealt_view(self, stack: Tensor, rows: Tensor, dim: int | None = None) -> Tensor:
+        """
+        Views a stack `[K, n, ...]` so that it broadcasts over dealt rows `[K, B / K, ..., n, ...]`.
+
+        Args:
+            dim (`int`, *optional*):
+                Where n lies in the rows. `None`: the last dimensions are the stack's.
+        """
+        sizes = stack.shape[1:]
+        start = rows.ndim - len(sizes) if dim is None else dim
         shape = [1] * rows.ndim
-        shape[0], shape[dim] = stack.shape
+        shape[0], shape[start : start + len(sizes)] = stack.shape[0], sizes
         return stack.view(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .members import Members
 from .replicated import Replicated
+
+
+PLAIN_FORWARDS = (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.GroupNorm.forward)
 
 
 def is_norm_layer(module: nn.Module) -> bool:
@@ -43,23 +47,25 @@ def sample_forward(module: nn.Module, rows: Tensor, *args: Any, **kwargs: Any) -
     """
     The layer's call for rows `[B, ...]` dealt out over the members.
 
-    PyTorch's own layers normalise all rows at once, then scale and shift each member's block. Other classes multiply
-    by `self.weight` with broadcasting, so they are called on `[K, B / K, ...]` with weights `[K, 1, ..., n]`.
+    PyTorch's own layers normalise all rows at once, then scale and shift each member's block. What another class
+    does with its weights (subclasses of PyTorch's included) is its own affair, so it is called for each member.
     """
     parametrizations: Any = module.parametrizations
     members: Members = next(iter(parametrizations.values()))[0].members
-    dealt = members.deal(rows)
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
-        dim = 2 if isinstance(module, nn.GroupNorm) else -1
-        outputs = members.deal(_normalised(module, rows))
-        outputs = outputs * members.dealt_view(parametrizations.weight.original, outputs, dim)
-        if "bias" in parametrizations:
-            outputs = outputs + members.dealt_view(parametrizations.bias.original, outputs, dim)
-        return outputs.flatten(0, 1)
-    args = tuple(members.deal(a) if isinstance(a, Tensor) else a for a in args)
-    kwargs = {k: members.deal(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    with members.viewing(dealt):
-        return type(module).__bases__[0].forward(module, dealt, *args, **kwargs).flatten(0, 1)
+    plain_forward = type(module).__bases__[0].forward
+    if plain_forward not in PLAIN_FORWARDS:
+        return members.run_each(functools.partial(plain_forward, module), rows, *args, **kwargs)
+    dim = 2 if isinstance(module, nn.GroupNorm) else None
+    outputs = members.deal(_normalised(module, rows))
+    for name in ("weight", "bias"):
+        if name in parametrizations:
+            tensor = members.dealt_view(parametrizations[name].original, outputs, dim)
+        elif getattr(module, name, None) is not None:  # frozen, so not replicated
+            tensor = members.dealt_view(getattr(module, name).unsqueeze(0), outputs, dim)
+        else:
+            continue
+        outputs = outputs * tensor if name == "weight" else outputs + tensor
+    return outputs.flatten(0, 1)
 
 
 def _normalised(module: nn.Module, rows: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from .recurrent import RECURRENT_LAYERS
 
 
 LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, *RECURRENT_LAYERS)
+# What `sample_forward` has a formula for; a subclass may compute something else.
+PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 
 
 class Rank1(nn.Module):
@@ -109,6 +111,9 @@ def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
     weight, members = parametrizations.original, parametrizations[0].members
     left, right = parametrizations[0].left, parametrizations[0].right
     dealt, bias = members.deal(rows), module.bias
+    plain_forward = type(module).__bases__[0].forward
+    if plain_forward not in PLAIN_FORWARDS:
+        return _run_each(module, plain_forward, members, dealt)
     if isinstance(module, _ConvNd):
         # Dealt images are [K, B / K, channels, ...]. Each group of channels has the same input factors.
         inputs = right.repeat(1, module.groups)
@@ -122,3 +127,15 @@ def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
     outputs = members.deal(outputs)
     outputs = (outputs * members.dealt_view(left, outputs)).flatten(0, 1)
     return outputs if bias is None else outputs + bias
+
+
+def _run_each(module: nn.Module, plain_forward: Any, members: Members, dealt: Tensor) -> Tensor:
+    """Calls a layer that computes in its own way once a member, on its block of rows."""
+    outputs = []
+    try:
+        for member, block in enumerate(dealt):
+            members.activate(member)
+            outputs.append(plain_forward(module, block))
+    finally:
+        members.mode = "sample"
+    return torch.cat(outputs)

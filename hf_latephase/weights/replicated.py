@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -45,10 +46,13 @@ def parametrization(members: Members, tensor: Tensor) -> nn.Module:
     return Replicated(members)
 
 
-def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
-    """A replicated linear layer's call for rows `[B, ..., n]` dealt out over the members: one batched product."""
+def sample_forward(module: nn.Module, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An output layer's call for rows `[B, ..., n]` dealt out over the members, batched."""
     parametrizations: Any = module.parametrizations
-    members: Members = parametrizations.weight[0].members
+    members: Members = next(iter(parametrizations.values()))[0].members
+    plain_forward = type(module).__bases__[0].forward
+    if plain_forward is not nn.Linear.forward or "weight" not in parametrizations:
+        return members.run_each(functools.partial(plain_forward, module), rows, *args, **kwargs)
     dealt = members.deal(rows)
     stack = parametrizations.weight.original
     outputs = torch.bmm(dealt.flatten(1, -2), stack.transpose(1, 2))

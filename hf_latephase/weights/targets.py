@@ -50,10 +50,15 @@ def find_targets(model: nn.Module, config: LatePhaseConfig) -> list[Target]:
         `ValueError`: If a family finds no layer, a pattern matches nothing, a target is tied, frozen or already
             parametrized; the message names the cause and the remedy.
     """
+    missing = [family for family in config.weights if family not in FAMILY_MODULES]
+    if missing:
+        raise ValueError(f"weights={missing} is not available yet: choose from {list(FAMILY_MODULES)}.")
     modules = dict(model.named_modules())
     tied = _tied_keys(model)
     output_layer = find_output_layer(model)
     patterns = _patterns(config)
+    for family in config.weights:
+        _refuse_parametrized(family, modules, patterns, config.exclude_modules or [], output_layer)
     candidates = {
         family: _drop_excluded(_candidates(family, modules, output_layer), config, modules)
         for family in config.weights
@@ -101,7 +106,10 @@ def _matches(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ValueError(f"target_modules or exclude_modules: {pattern!r} is no regular expression: {error}.") from None
+        raise ValueError(
+            f"target_modules or exclude_modules: {pattern!r} is neither a module name nor a regular expression "
+            f"({error}). Escape its special characters."
+        ) from None
 
 
 def _candidates(family: str, modules: dict[str, nn.Module], output_layer: str | None) -> list[str]:
@@ -128,31 +136,50 @@ def _drop_excluded(names: list[str], config: LatePhaseConfig, modules: dict[str,
     return [name for name in names if not any(_matches(pattern, name) for pattern in excluded)]
 
 
+def _refuse_parametrized(
+    family: str, modules: dict[str, nn.Module], patterns: list[str], excluded: list[str], output_layer: str | None
+) -> None:
+    """Refuses layers whose weights something else computes: they hold no parameter that could be replicated."""
+    for name, module in modules.items():
+        if not parametrize.is_parametrized(module) or any(_matches(pattern, name) for pattern in excluded):
+            continue
+        ours = any(hasattr(p, "members") for p in module.modules())
+        if family == "head":
+            candidate = name == output_layer
+        else:
+            kinds = {"rank1": rank1.LAYERS, "norm": (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm), "full": nn.Module}[
+                family
+            ]
+            chosen = any(_matches(pattern, name) for pattern in patterns) if patterns else name != output_layer
+            candidate = isinstance(module, kinds) and (chosen or family == "full")
+        if ours or candidate:
+            raise ValueError(
+                f"{name!r} is parametrized already (by an attached LatePhase, weight_norm or the like). Detach that "
+                "first, or name the module in exclude_modules."
+            )
+
+
 def _usable(
     family: str, found: list[Target], modules: dict[str, nn.Module], tied: dict[str, list[str]], explicit: bool
 ) -> list[Target]:
     """Drops tied and frozen tensors that a default chose, and refuses those that the user asked for."""
     if not found:
         raise ValueError(
-            f"weights={family!r}: the model has no layer of this family to replicate ({_what(family)}). Choose another "
-            "family in `weights`, or check target_modules and exclude_modules."
+            f"weights={family!r}: the model has no layer of this family to replicate ({_what(family)}). "
+            "Choose another family in `weights`, or check target_modules and exclude_modules."
         )
     usable = []
     reasons = []
     for target in found:
         module = modules[target.module]
-        if parametrize.is_parametrized(module):
-            raise ValueError(
-                f"{target.module!r} is parametrized already (by an attached LatePhase, weight_norm or the like). "
-                "Detach that first, or name the module in exclude_modules."
-            )
         if target.key in tied:
             reason = f"{target.key!r} is tied to {[k for k in tied[target.key] if k != target.key]}"
             asked_for = target.rule.startswith("target_modules") or family == "head"
             if asked_for:
                 raise ValueError(
                     f"{reason}: replicating one side of a tied weight would untie the model. Untie it "
-                    f"(config.tie_word_embeddings=False), or leave it out of {'weights' if not explicit else 'target_modules'}."
+                    "(config.tie_word_embeddings=False), or leave it out of "
+                    f"{'weights' if not explicit else 'target_modules'}."
                 )
             reasons.append(reason)
         elif family != "rank1" and not getattr(module, target.tensor).requires_grad:
@@ -160,7 +187,10 @@ def _usable(
         else:
             usable.append(target)
     if not usable:
-        raise ValueError(f"weights={family!r}: no tensor can be replicated: {reasons[0]}.")
+        raise ValueError(
+            f"weights={family!r}: no tensor can be replicated: {reasons[0]}. Change that, or choose "
+            "another family in `weights`."
+        )
     if family == "full" and any("tied" in reason for reason in reasons):
         raise ValueError(f"weights=['full']: {reasons[0]}. Untie the model first (config.tie_word_embeddings=False).")
     return usable
@@ -190,9 +220,7 @@ def _tied_keys(model: nn.Module) -> dict[str, list[str]]:
     return tied
 
 
-def _refuse_pattern(
-    field: str, pattern: str, candidates: dict[str, list[str]], modules: dict[str, nn.Module]
-) -> None:
+def _refuse_pattern(field: str, pattern: str, candidates: dict[str, list[str]], modules: dict[str, nn.Module]) -> None:
     eligible = sorted({name for names in candidates.values() for name in names})
     if any(_matches(pattern, name) for name in modules):
         raise ValueError(
@@ -201,7 +229,10 @@ def _refuse_pattern(
         )
     suffixes = sorted({name.rpartition(".")[2] for name in eligible} | set(eligible))
     nearest = difflib.get_close_matches(pattern, suffixes, n=5, cutoff=0.3) or suffixes[:5]
-    raise ValueError(f"{field}: {pattern!r} matches no module. The nearest modules are {nearest}.")
+    raise ValueError(
+        f"{field}: {pattern!r} matches no module. The nearest modules are {nearest}: name one of "
+        f"those, or leave {field} out."
+    )
 
 
 def _refuse_overlap(targets: list[Target]) -> None:

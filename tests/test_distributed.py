@@ -1,0 +1,145 @@
+"""Two gloo processes against one, launched by torchrun and by accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_worker import train
+from transformers import AutoModelForCausalLM
+
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def launch(tmp_path: Path, name: str, launcher: list[str] | None, **task: Any) -> dict[str, Any]:
+    """Runs the worker, in this process if there is no launcher, and returns what rank 0 wrote."""
+    folder = tmp_path / name
+    folder.mkdir()
+    task = {"folder": str(folder / "run"), "saved": str(folder / "saved"), "result": str(folder / "result.pt")} | task
+    if launcher is None:
+        train(task)
+        return torch.load(task["result"], weights_only=True)
+    (folder / "task.json").write_text(json.dumps(task))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), str(WORKER.parents[1])])
+    command = [*launcher, str(WORKER), str(folder / "task.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, _complaint(done.stderr)
+    return torch.load(task["result"], weights_only=True)
+
+
+def accelerate(config: str) -> list[str]:
+    """accelerate's launcher with one of our recipes."""
+    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", f"--config_file={CONFIGS / config}"]
+
+
+def _complaint(stderr: str) -> str:
+    """The workers' own words, without those of the launcher."""
+    return stderr.partition("torch.distributed.elastic.multiprocessing.errors")[0][-4000:]
+
+
+def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        error = (value - right[key]).abs().max() / right[key].abs().max().clamp_min(1e-3)
+        assert error < tolerance, f"{key} differs by {error:.1e}"
+
+
+CASES = {
+    # name: model, families, K, accumulation on 2 ranks, assignment
+    "one step": ("gpt2", ["rank1", "norm"], 4, 2, "minibatch"),
+    "several steps": ("gpt2", ["rank1", "norm"], 4, 1, "minibatch"),
+    "several accumulated steps": ("lstm", ["rank1", "head"], 3, 2, "minibatch"),
+    "sample": ("llama", ["norm", "head"], 2, 1, "sample"),
+    "full": ("llama", ["full"], 2, 1, "minibatch"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one_that_accumulates(tmp_path, case: str) -> None:
+    model, weights, K, accumulation, assignment = CASES[case]
+    config = {"num_members": K, "weights": weights, "late_phase_start": 3, "member_assignment": assignment}
+    shared = {"max_steps": 15, "logging_steps": 3, "max_grad_norm": 0.1, "weight_decay": 0.1}
+    one = launch(
+        tmp_path, "one", None, model=model, config=config,
+        arguments=shared | {"gradient_accumulation_steps": 2 * accumulation}, world_size=1, members=True,
+    )  # fmt: skip
+    two = launch(
+        tmp_path, "two", TORCHRUN, model=model, config=config, world_size=2, members=True,
+        arguments=shared | {"gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False},
+    )  # fmt: skip
+    assert_close(two["weights"], one["weights"], 1e-10)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    for ours, theirs in zip(two["logs"], one["logs"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for row, metrics in one["table"].items():
+        assert two["table"][row]["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+    if assignment == "minibatch":
+        late = [members[3 * accumulation :] for members in two["members"]]
+        for left, right in zip(*late, strict=True):
+            assert left != right, "both processes ran the same member"
+        assert set(late[0]) | set(late[1]) == set(range(K))
+    # One reduction of every gradient a cycle, none inside it.
+    numbers = sum(p.numel() for p in two["weights"].values())
+    cycle = {"several steps": 2, "several accumulated steps": 3}.get(case, 1)
+    for step, (calls, size) in enumerate(two["traffic"][3:]):
+        ends_cycle = (step + 1) % cycle == 0
+        assert size == (8 * numbers if ends_cycle else 0)
+        assert (calls > 0) == ends_cycle
+    assert two["traffic"][0] == two["traffic"][2 + cycle], "a cycle reduces as often as one plain step"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "saved", dtype="auto")
+    assert type(reloaded).__name__ == two["class"]
+
+
+SHARDED = {
+    "model": "gpt2",
+    "config": {"num_members": 4, "weights": ["rank1", "norm"], "late_phase_start": 3, "swa_start": 7},
+    "members": True,
+}
+SHARDED_ARGUMENTS = {"max_steps": 12, "logging_steps": 4, "max_grad_norm": 0.1, "weight_decay": 0.1}
+
+
+def test_fsdp2_recipe(tmp_path) -> None:
+    """Sharded training equals one process, saves a full stock model, and resumes from inside a cycle."""
+    one = launch(
+        tmp_path, "one", None, **SHARDED, arguments=SHARDED_ARGUMENTS | {"gradient_accumulation_steps": 2}
+    )  # fmt: skip
+    saving = SHARDED_ARGUMENTS | {"save_strategy": "steps", "save_steps": 10}
+    task = SHARDED | {"fsdp": True, "world_size": 2}
+    two = launch(tmp_path, "two", accelerate("fsdp2.yaml"), **task, arguments=saving)
+    assert two["class"] == "FSDPGPT2LMHeadModel" and len(two["sharded"]) == len(two["weights"])
+    assert_close(two["weights"], one["weights"], 1e-10)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    for ours, theirs in zip(two["logs"], one["logs"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for row, metrics in one["table"].items():
+        assert two["table"][row]["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+    saved = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "saved", dtype="auto") for n in ("one", "two")]
+    assert type(saved[1]) is type(saved[0])
+    assert_close(saved[1].state_dict(), saved[0].state_dict(), 1e-10)
+    checkpoint = str(tmp_path / "two" / "run" / "checkpoint-10")
+    resumed = launch(tmp_path, "resumed", accelerate("fsdp2.yaml"), **task, arguments=saving, resume=checkpoint)
+    for name, weight in resumed["weights"].items():
+        assert torch.equal(weight, two["weights"][name]), name
+    assert resumed["loss"] == two["loss"]
+
+
+def test_ddp_recipe_resumes_inside_a_cycle(tmp_path) -> None:
+    """The recipe's launcher gives two processes, and a run resumed from inside a cycle is that without a break."""
+    task = SHARDED | {"world_size": 2}
+    saving = SHARDED_ARGUMENTS | {"save_strategy": "steps", "save_steps": 10}
+    whole = launch(tmp_path, "whole", accelerate("ddp.yaml"), **task, arguments=saving)
+    checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-10")
+    resumed = launch(tmp_path, "resumed", accelerate("ddp.yaml"), **task, arguments=saving, resume=checkpoint)
+    for name, weight in resumed["weights"].items():
+        assert torch.equal(weight, whole["weights"][name]), name
+    assert resumed["loss"] == whole["loss"]
