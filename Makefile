@@ -14,8 +14,9 @@ $(STAMP): setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install $(TORCH) -e ".[test,quality]"
 	touch $(STAMP)
 
+# Threads that sleep while they wait: spinning ones lose most of their time when something else wants a core.
 demo: venv
-	$(VENV)/bin/python examples/run_enwik8.py examples/recipes/enwik8_demo.yaml
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python examples/run_enwik8.py examples/recipes/enwik8_demo.yaml
 
 # One thread a worker: two workers that each take every core are slower than one.
 test: venv

@@ -55,6 +55,7 @@ class StateKeeper:
         trainer = self._trainer
         average = trainer.weight_average
         tensors = {f"model.{name}": value for name, value in self._unsaved_weights(folder).items()}
+        self._average_held()
         tensors |= {f"held.{name}": value for name, value in trainer._held.items()}
         if average is not None:
             tensors |= {f"average.{name}": value for name, value in average.values.items()}
@@ -74,12 +75,24 @@ class StateKeeper:
             "released": trainer.late_phase.released,
             "cycle": trainer.cycle.state_dict(),
             "steps_per_cycle": trainer.cycle.steps_per_cycle,
+            "num_processes": trainer.cycle.num_processes,
             "num_averaged": average.num_averaged if average is not None else 0,
             "last_averaged": trainer._last_averaged,
             "last_logged": trainer._globalstep_last_logged,
         }
         if trainer.args.should_save:
             save_state(folder, tensors, state)
+
+    def _average_held(self) -> None:
+        """
+        Averages the held gradients over processes, which inside a cycle have kept their own.
+
+        The running processes go on with the average too, so that they and a resumed run are the same to the bit.
+        """
+        if self._trainer.cycle.num_processes > 1:
+            for gradient in self._trainer._held.values():
+                if not isinstance(gradient, DTensor):
+                    gradient.copy_(self._trainer.accelerator.reduce(gradient, "mean"))
 
     def check(self, folder: str) -> None:
         """Refuses a checkpoint that training cannot go on from, before anything is changed."""
@@ -108,11 +121,12 @@ class StateKeeper:
         return Saved(tensors, state, weights)
 
     def _check_cycle(self, folder: str, state: dict[str, Any]) -> None:
-        steps = self._trainer._new_cycle().steps_per_cycle
-        if state["cycle"]["rounds"] and state["steps_per_cycle"] != steps:
+        cycle = self._trainer._new_cycle()
+        saved, own = (state["steps_per_cycle"], state["num_processes"]), (cycle.steps_per_cycle, cycle.num_processes)
+        if state["cycle"]["rounds"] and saved != own:
             raise ValueError(
-                f"The checkpoint {folder!r} lies inside a cycle of {state['steps_per_cycle']} steps, but with these "
-                f"arguments a cycle takes {steps}. Resume with the same gradient_accumulation_steps, cycle_length and "
+                f"The checkpoint {folder!r} lies inside a cycle of {saved[0]} steps on {saved[1]} processes, but with "
+                f"these arguments a cycle takes {own[0]} steps on {own[1]}. Resume with the same gradient_accumulation_steps, cycle_length and "
                 "number of processes, or from a checkpoint at the end of a cycle."
             )
 
