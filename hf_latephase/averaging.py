@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from .config import PointsInTraining
+from .sharding import named_parameters
+
 
 class WeightAverage:
     """
@@ -70,7 +73,36 @@ class WeightAverage:
             parameter.copy_(values[name])
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in named_parameters(self.model).items() if p.requires_grad}
+
+
+class AverageSchedule:
+    """
+    Says when the weights are taken into their average over time.
+
+    An EMA takes them at the end of each step (of each cycle after T0), SWA from `swa_start` on each `swa_every` steps.
+
+    Args:
+        points (`PointsInTraining`):
+            Where SWA begins and how often it samples.
+        step (`int`):
+            Where training begins.
+    """
+
+    def __init__(self, points: PointsInTraining, step: int) -> None:
+        self._points = points
+        self.last_step = step
+
+    def sample(self, average: WeightAverage, step: int) -> None:
+        """Takes the current weights into the average, if it is time."""
+        steps, start = step - self.last_step, self._points.swa_start
+        if average.ema_decay is not None:
+            average.update(steps)
+        elif start is None or step < start or (average.num_averaged and steps < self._points.swa_every):
+            return
+        else:
+            average.update()
+        self.last_step = step
 
 
 def _wide(parameter: Tensor) -> Tensor:

@@ -237,6 +237,42 @@ def steps_at(point: float, max_steps: int) -> int:
     return math.ceil(point * max_steps) if point < 1 else int(point)
 
 
+@dataclass(frozen=True)
+class PointsInTraining:
+    """The points in training of a config, in steps; `swa_start` is `None` without SWA."""
+
+    late_phase_start: int
+    swa_start: int | None
+    swa_every: int
+
+
+def resolve_points(config: LatePhaseConfig, max_steps: int) -> PointsInTraining:
+    """
+    Resolves the points in training for a number of steps.
+
+    Raises:
+        `ValueError`: If one lies outside of training, or SWA would begin before T0.
+    """
+    start = steps_at(config.late_phase_start, max_steps)
+    if start >= max_steps:
+        raise ValueError(
+            f"late_phase_start={config.late_phase_start} is step {start}, but training ends at step "
+            f"{max_steps}: the late phase would never begin. Lower it, or train longer."
+        )
+    swa_every = steps_at(config.swa_every or 1, max_steps)
+    if config.swa_start is None:
+        return PointsInTraining(start, None, swa_every)
+    swa_start = steps_at(config.swa_start, max_steps)
+    if config.num_members > 1 and swa_start < start:
+        raise ValueError(
+            f"swa_start={config.swa_start} is step {swa_start}, before late_phase_start="
+            f"{config.late_phase_start}, step {start}. Start SWA at T0 or later."
+        )
+    if swa_start > max_steps:
+        raise ValueError(f"swa_start={config.swa_start} is step {swa_start}, but training ends at step {max_steps}.")
+    return PointsInTraining(start, swa_start, swa_every)
+
+
 def _check_number(name: str, value: float, meaning: str) -> None:
     if not (_is_finite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not negative ({meaning}), got {value!r}.")

@@ -86,7 +86,7 @@ class Cycle:
         return [member for member, count in enumerate(self.minibatches()) if count == 0]
 
     def member_factors(self) -> list[float] | None:
-        """Returns what makes each row of a stack's gradient a mean over its minibatches; `None` if it is one already."""
+        """Returns what makes each row of a stack's gradient a mean over minibatches; `None` if it is one already."""
         nominal = self._minibatches_per_member
         factors = [nominal / count if count else 0.0 for count in self.minibatches()]
         return None if all(factor == 1 for factor in factors) else factors

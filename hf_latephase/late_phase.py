@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .config import LatePhaseConfig
+from .sharding import gathered, named_parameters, sharded_like
 from .weights import Attachment, Members, Target, attach, detach, find_targets
-
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class LatePhase:
@@ -23,8 +20,8 @@ class LatePhase:
     Attaches late-phase weights to a model and manages their K members.
 
     Each late-phase weight becomes a parametrization whose parameters are stacked `[K, ...]`, so that one elementwise
-    optimizer (SGD, Adam, AdamW) over `model.parameters()` acts as K separate ones, provided that it steps once a cycle.
-    Until [`~LatePhase.release`] only member 0 is used.
+    optimizer (SGD, Adam, AdamW) over `model.parameters()` acts as K separate ones, provided that it steps once a
+    cycle. Until [`~LatePhase.release`] only member 0 is used.
 
     Args:
         model (`torch.nn.Module`):
@@ -104,12 +101,12 @@ class LatePhase:
     def stacks(self) -> dict[str, nn.Parameter]:
         """Returns the members' parameters by name, each `[K, ...]`."""
         names = self._stack_names
-        return {name: p for name, p in self.model.named_parameters() if name in names}
+        return {name: p for name, p in named_parameters(self.model).items() if name in names}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Returns θ, all other parameters, by name."""
         names = self._stack_names
-        return {name: p for name, p in self.model.named_parameters() if name not in names}
+        return {name: p for name, p in named_parameters(self.model).items() if name not in names}
 
     def activate(self, member: int | None) -> None:
         """
@@ -154,21 +151,21 @@ class LatePhase:
         if self.released:
             raise RuntimeError("The members were released before; rejoin() makes them one again.")
         for stack in self.stacks().values():
-            self._set_members(stack, stack_of(stack)[:1], generator)
+            self._set_members(stack, gathered(stack)[:1], generator)
         self.members.released = True
 
     @torch.no_grad()
     def rejoin(self) -> None:
         """Undoes a release: the average of the members becomes the shared value."""
         for stack in self.stacks().values():
-            self._set_members(stack, self.members.average(stack_of(stack)).unsqueeze(0), None, noise=False)
+            self._set_members(stack, self.members.average(gathered(stack)).unsqueeze(0), None, noise=False)
         self.members.released = False
 
     @torch.no_grad()
     def share_first_member(self, stacks: list[Tensor]) -> None:
         """Writes row 0 of each stack `[K, ...]` into all its rows."""
         for stack in stacks:
-            self._set_members(stack, stack_of(stack)[:1], None, noise=False)
+            self._set_members(stack, gathered(stack)[:1], None, noise=False)
 
     def averaged_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """
@@ -185,8 +182,9 @@ class LatePhase:
             for attachment in self._attachments:
                 prefix = attachment.prefix
                 tensors = {k.removeprefix(prefix): v for k, v in source.items() if k.startswith(prefix)}
-                folded[attachment.target.key] = self._parametrization(attachment).fold(tensors).detach()
-        return {key: folded.get(self._aliases.get(key, key), source.get(key)) for key in self._plain_keys}
+                folded[attachment.target.key] = self._fold(attachment, tensors).detach()
+        plain: dict[str, Any] = {k: folded.get(self._aliases.get(k, k), source.get(k)) for k in self._plain_keys}
+        return plain
 
     def averaged_model(self) -> nn.Module:
         """Returns a new stock model, on the same device and in the same mode, that holds the averaged weights."""
@@ -213,11 +211,11 @@ class LatePhase:
         return self.model
 
     def distance_from_mean(self) -> Tensor:
-        """Returns the rms distance of the members from their mean, relative to the rms of the mean (0-d, on device)."""
+        """Returns the rms distance of the members from their mean, relative to the rms of that (0-d, on device)."""
         spread, size = [], []
         with torch.no_grad():
             for stack in self.stacks().values():
-                values = stack_of(stack)
+                values = gathered(stack)
                 mean = self.members.average(values).unsqueeze(0)
                 spread.append((values - mean).square().float().mean(0).sum())
                 size.append(mean.square().float().sum())
@@ -228,9 +226,9 @@ class LatePhase:
         values = {target.key: averaged[target.key] for target in self.targets}
         return {key: value.clone() for key, value in values.items()} if copied else values
 
-    def _parametrization(self, attachment: Attachment) -> nn.Module:
-        module = self.model.get_submodule(attachment.target.module)
-        return module.parametrizations[attachment.target.tensor][0]  # type: ignore[operator, union-attr, index]
+    def _fold(self, attachment: Attachment, tensors: dict[str, Tensor]) -> Tensor:
+        parametrizations: Any = self.model.get_submodule(attachment.target.module).parametrizations
+        return parametrizations[attachment.target.tensor][0].fold(tensors)
 
     def _set_members(
         self, stack: Tensor, shared: Tensor, generator: torch.Generator | None, noise: bool = True
@@ -242,11 +240,7 @@ class LatePhase:
             drawn = torch.randn(stack.shape, generator=generator, dtype=torch.float64)
             rms = shared.double().square().mean().sqrt()
             values = (values.double() + self.config.init_noise * rms * drawn.to(rms.device)).to(stack.dtype)
-        if isinstance(stack, DTensor):
-            values = distribute_tensor(values.contiguous(), stack.device_mesh, stack.placements)
-        else:
-            values = values.clone()
-        stack.copy_(values)
+        stack.copy_(sharded_like(stack, values.clone()))
 
     def _move_members(self) -> None:
         first = next(iter(self.model.parameters()))
@@ -257,17 +251,3 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     """Maps each key of a shared module's parameters to the key under its first name, which targets go by."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def stack_of(parameter: Tensor) -> Tensor:
-    """Returns the whole tensor of a possibly sharded parameter."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-
-
-def rows_like(stack: Tensor, values: list[float]) -> Tensor:
-    """Returns one value a member as `[K, 1, ...]`, sharded like a stack `[K, ...]` so that the two broadcast."""
-    rows = torch.tensor(values, dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.ndim - 1))
-    if isinstance(stack, DTensor):
-        placements = [p if p.is_shard(0) else Replicate() for p in stack.placements]
-        return distribute_tensor(rows, stack.device_mesh, placements)
-    return rows

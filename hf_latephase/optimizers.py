@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .late_phase import rows_like
+from .sharding import rows_like
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Returns the optimizer inside accelerate's wrapper, or one that is not wrapped as it is."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def check_elementwise(optimizer: Optimizer) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 from .checkpoint import check_trainers_files, damaged, load_state, read_tensors, save_state
-from .late_phase import stack_of
+from .sharding import gathered, named_parameters, sharded_like
 
 
 @dataclass
@@ -56,17 +57,18 @@ class StateKeeper:
         average = trainer.weight_average
         tensors = {f"model.{name}": value for name, value in self._unsaved_weights(folder).items()}
         self._average_held()
-        tensors |= {f"held.{name}": value for name, value in trainer._held.items()}
+        tensors |= {f"held.{name}": value for name, value in trainer._stepping.held.items()}
         if average is not None:
             tensors |= {f"average.{name}": value for name, value in average.values.items()}
-        if trainer._grad_norm is not None and trainer._monitor.gradient_norms is not None:
+        grad_norm, parts = trainer._stepping.grad_norm, trainer._monitor.gradient_norms
+        if grad_norm is not None and parts is not None:
             # Logged again until the next cycle ends.
-            tensors["log.gradient_norms"] = torch.stack([trainer._grad_norm, *trainer._monitor.gradient_norms])
+            tensors["log.gradient_norms"] = torch.stack([grad_norm, *parts])
         # Trainer forgets the losses since the last log.
         tensors["log.loss"] = trainer.accelerator.reduce(trainer._tr_loss.detach().clone(), "mean")
         if (losses := trainer._monitor.collected()) is not None:
             tensors["log.member_losses"] = losses
-        tensors = {name: stack_of(value) for name, value in tensors.items()}
+        tensors = {name: gathered(value) for name, value in tensors.items()}
         targets, num_members = self._identity
         state = {
             "targets": targets,
@@ -77,7 +79,7 @@ class StateKeeper:
             "steps_per_cycle": trainer.cycle.steps_per_cycle,
             "num_processes": trainer.cycle.num_processes,
             "num_averaged": average.num_averaged if average is not None else 0,
-            "last_averaged": trainer._last_averaged,
+            "last_averaged": trainer._average_schedule.last_step,
             "last_logged": trainer._globalstep_last_logged,
         }
         if trainer.args.should_save:
@@ -90,7 +92,7 @@ class StateKeeper:
         The running processes go on with the average too, so that they and a resumed run are the same to the bit.
         """
         if self._trainer.cycle.num_processes > 1:
-            for gradient in self._trainer._held.values():
+            for gradient in self._trainer._stepping.held.values():
                 if not isinstance(gradient, DTensor):
                     gradient.copy_(self._trainer.accelerator.reduce(gradient, "mean"))
 
@@ -121,13 +123,14 @@ class StateKeeper:
         return Saved(tensors, state, weights)
 
     def _check_cycle(self, folder: str, state: dict[str, Any]) -> None:
-        cycle = self._trainer._new_cycle()
+        cycle = self._trainer._stepping.new_cycle()
         saved, own = (state["steps_per_cycle"], state["num_processes"]), (cycle.steps_per_cycle, cycle.num_processes)
         if state["cycle"]["rounds"] and saved != own:
             raise ValueError(
                 f"The checkpoint {folder!r} lies inside a cycle of {saved[0]} steps on {saved[1]} processes, but with "
-                f"these arguments a cycle takes {own[0]} steps on {own[1]}. Resume with the same gradient_accumulation_steps, cycle_length and "
-                "number of processes, or from a checkpoint at the end of a cycle."
+                f"these arguments a cycle takes {own[0]} steps on {own[1]}. Resume with the same "
+                "gradient_accumulation_steps, cycle_length and number of processes, or from a checkpoint at the end "
+                "of a cycle."
             )
 
     @torch.no_grad()
@@ -139,10 +142,10 @@ class StateKeeper:
                 tensor.copy_(saved.weights[name])
         trainer.late_phase.members.released = state["released"]
         if trainer.weight_average is not None:
-            parameters = dict(trainer.late_phase.model.named_parameters())
+            parameters = named_parameters(trainer.late_phase.model)
             trainer.weight_average.num_averaged = state["num_averaged"]
             trainer.weight_average.values = {
-                name: _like(parameters[name], value) for name, value in _part(saved.tensors, "average.").items()
+                name: sharded_like(parameters[name], value) for name, value in _part(saved.tensors, "average.").items()
             }
         self._resumed = saved
 
@@ -150,23 +153,28 @@ class StateKeeper:
         """Puts back held gradients and the position in the cycle, if a checkpoint was loaded for this training."""
         if self._resumed is None:
             return False
-        saved, self._resumed = self._resumed, None
-        trainer, tensors, state = self._trainer, saved.tensors, saved.state
+        # Kept until training ends: `auto_find_batch_size` may begin anew.
+        trainer, tensors, state = self._trainer, self._resumed.tensors, self._resumed.state
         if trainer.state.global_step == 0:
             return False
-        parameters = dict(trainer.late_phase.model.named_parameters())
-        trainer._held = {name: _like(parameters[name], value) for name, value in _part(tensors, "held.").items()}
+        parameters = named_parameters(trainer.late_phase.model)
+        held = _part(tensors, "held.")
+        trainer._stepping.held = {name: sharded_like(parameters[name], value).clone() for name, value in held.items()}
         if "log.gradient_norms" in tensors:
             norms = tensors["log.gradient_norms"].to(trainer.args.device)
-            trainer._grad_norm, trainer._monitor.gradient_norms = norms[0], (norms[1], norms[2])
+            trainer._stepping.grad_norm, trainer._monitor.gradient_norms = norms[0], (norms[1], norms[2])
         trainer.cycle.load_state_dict(state["cycle"])
-        trainer._last_averaged = state["last_averaged"]
+        trainer._average_schedule.last_step = state["last_averaged"]
         trainer._globalstep_last_logged = state["last_logged"]
         trainer._tr_loss = tensors["log.loss"].to(trainer.args.device)
         # The mean over this call of train(), which Trainer returns, leaves earlier steps out.
         trainer._total_loss_scalar = -trainer._tr_loss.item()
         trainer._monitor.restore(tensors.get("log.member_losses"))
         return True
+
+    def forget(self) -> None:
+        """Drops what a checkpoint held: later training does not go on from it."""
+        self._checked = self._resumed = None
 
     @torch.no_grad()
     def load_average(self, folder: str | None) -> None:
@@ -202,9 +210,12 @@ class StateKeeper:
         return {names[0]: [plain for name in names if (plain := plain_name(name))] for names, _ in self._tied()}
 
     def _tied(self) -> list[tuple[list[str], Tensor]]:
+        # A PEFT checkpoint leaves out the frozen model below the adapter, and so do we.
+        adapter_only = hasattr(self._trainer.late_phase.model, "peft_config")
         tied: dict[int, tuple[list[str], Tensor]] = {}
         for name, tensor in self._trainer.late_phase.model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor):
+            frozen = isinstance(tensor, Parameter) and not tensor.requires_grad
+            if isinstance(tensor, Tensor) and not (adapter_only and frozen):
                 tied.setdefault(id(tensor), ([], tensor))[0].append(name)
         return list(tied.values())
 
@@ -237,14 +248,6 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
         return False
     # As bytes: -0.0 and 0.0 are equal, but not the same.
     return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Moves a loaded tensor to where a parameter lives, sharded as it is."""
-    value = value.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

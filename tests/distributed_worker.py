@@ -1,6 +1,5 @@
 """One process of the distributed tests: trains a tiny model as told by JSON and lets rank 0 write what came out."""
 
-
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.late_phase import stack_of
+from hf_latephase.sharding import gathered, named_parameters
 
 
 class Traffic(TrainerCallback):
@@ -86,12 +85,12 @@ def train(task: dict[str, Any]) -> None:
     loss = run.evaluate()["eval_loss"]
     table = run.evaluate_members() if task.get("members") else None
     run.save_model(task["saved"])
-    weights = {name: stack_of(p).clone() for name, p in run.model.named_parameters()}
-    gathered: list[Any] = [None] * run.args.world_size
+    weights = {name: gathered(p).clone() for name, p in named_parameters(run.model).items()}
+    dealt: list[Any] = [None] * run.args.world_size
     if run.args.world_size > 1:
-        dist.all_gather_object(gathered, members)
+        dist.all_gather_object(dealt, members)
     else:
-        gathered = [members]
+        dealt = [members]
     if run.is_world_process_zero():
         result = {
             "weights": weights,
@@ -99,10 +98,10 @@ def train(task: dict[str, Any]) -> None:
             "logs": [{k: log[k] for k in ("loss", "grad_norm", "member_loss_mean", "member_loss_std") if k in log}
                      for log in run.state.log_history if "learning_rate" in log],
             "traffic": traffic.steps,
-            "members": gathered,
+            "members": dealt,
             "table": dict(table) if table else None,
             "class": type(run.model).__name__,
-            "sharded": [n for n, p in run.model.named_parameters() if isinstance(p, DTensor)],
+            "sharded": [n for n, p in named_parameters(run.model).items() if isinstance(p, DTensor)],
         }  # fmt: skip
         torch.save(result, task["result"])
 

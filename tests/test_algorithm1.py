@@ -80,19 +80,30 @@ def run(tmp_path: Any, model: Any, config: LatePhaseConfig, optimizer: Any, **kw
 CASES = [
     ("gpt2", ["rank1"]),
     ("gpt2", ["norm"]),
-    ("gpt2", ["rank1", "norm"]),
     ("llama", ["rank1", "norm", "head"]),
-    ("llama", ["full"]),
     ("lstm", ["rank1"]),
-    ("lstm", ["head"]),
+    ("lstm", ["rank1", "head"]),
 ]
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize(("name", "weights"), CASES, ids=lambda v: "+".join(v) if isinstance(v, list) else v)
-@pytest.mark.parametrize("accumulation", [1, 3, 6])
+@pytest.mark.parametrize("accumulation", [1, 3])
 def test_minibatch(tmp_path, name: str, weights: list[str], accumulation: int, optimizer: Any) -> None:
-    K, size, cycles = 3, 4, 50
+    follow(tmp_path, name, weights, accumulation, optimizer, cycles=50)
+
+
+def test_several_minibatches_a_member(tmp_path) -> None:
+    follow(tmp_path, "gpt2", ["rank1", "norm"], 6, ADAMW, cycles=20)
+
+
+def test_every_weight_replicated(tmp_path) -> None:
+    follow(tmp_path, "llama", ["full"], 1, SGD, cycles=20)
+
+
+def follow(tmp_path, name: str, weights: list[str], accumulation: int, optimizer: Any, cycles: int) -> None:
+    """Trains past T0 and through some cycles, and compares the averages after each."""
+    K, size = 3, 4
     start = 4
     steps_per_cycle = 3 if accumulation == 1 else 1
     max_steps = start + cycles * steps_per_cycle
@@ -124,14 +135,15 @@ def test_minibatch(tmp_path, name: str, weights: list[str], accumulation: int, o
         reference.cycle({k: minibatches[k::K] for k in range(K)}, m)
         step = start + (cycle + 1) * steps_per_cycle - 1
         assert_close(averages[step], reference.averaged(), step)
-    assert not torch.equal(reference.phi[0][next(iter(reference.phi[0]))], reference.phi[1][next(iter(reference.phi[0]))])
+    name = next(iter(reference.phi[0]))
+    assert not torch.equal(reference.phi[0][name], reference.phi[1][name])
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize(("name", "weights"), [c for c in CASES if c[1] != ["full"]], ids=str)
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_sample(tmp_path, name: str, weights: list[str], accumulation: int, optimizer: Any) -> None:
+@pytest.mark.parametrize(("name", "weights"), CASES, ids=str)
+def test_sample(tmp_path, name: str, weights: list[str], optimizer: Any) -> None:
     K, size, cycles = 3, 6, 50
+    accumulation = 2 if name == "llama" else 1
     model = double(MODELS[name]())
     reference = reference_for(model, weights, K, optimizer)
     config = LatePhaseConfig(num_members=K, weights=weights, late_phase_start=0, member_assignment="sample")
@@ -154,16 +166,14 @@ def test_gamma_and_clipping(tmp_path, gamma: float, max_norm: float, accumulatio
     K = 4
     model = double(MODELS["gpt2"]())
     reference = reference_for(model, ["rank1", "norm"], K, SGD, gamma=gamma, max_norm=max_norm)
-    config = LatePhaseConfig(
-        num_members=K, weights=["rank1", "norm"], late_phase_start=0, base_gradient_scale=gamma
-    )
+    config = LatePhaseConfig(num_members=K, weights=["rank1", "norm"], late_phase_start=0, base_gradient_scale=gamma)
     steps_per_cycle = K // accumulation
     run_, averages = run(
-        tmp_path, model, config, SGD, rows=64 * 4, max_steps=20 * steps_per_cycle, max_grad_norm=max_norm,
+        tmp_path, model, config, SGD, rows=64 * 4, max_steps=10 * steps_per_cycle, max_grad_norm=max_norm,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     batches = run_.train_dataset.batches(4)
-    for cycle in range(20):
+    for cycle in range(10):
         reference.cycle({k: [batches[(cycle * K + k) % len(batches)]] for k in range(K)})
         assert_close(averages[(cycle + 1) * steps_per_cycle - 1], reference.averaged(), cycle)
 
@@ -239,10 +249,11 @@ def test_bare_loop(tmp_path) -> None:
     model = double(MODELS["lstm"]())
     reference = reference_for(model, ["rank1", "head"], K, ADAMW)
     late_phase = LatePhase(model, LatePhaseConfig(num_members=K, weights=["rank1", "head"]))
+    plain = {name: late_phase.plain_name(name) for name, _ in model.named_parameters()}
     groups = [
-        {"params": [p], "weight_decay": WEIGHT_DECAY if late_phase.plain_name(n) and decays(late_phase.plain_name(n)) else 0}
+        {"params": [p], "weight_decay": WEIGHT_DECAY if plain[n] and decays(plain[n]) else 0}
         for n, p in model.named_parameters()
-    ]  # fmt: skip
+    ]
     optimizer = ADAMW[0](groups, **ADAMW[1])
     late_phase.release()
     text = functools.partial(torch.randint, 3, 48, (4, 8))

@@ -425,3 +425,25 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None
     run = trainer(tmp_path, gpt2(), config, max_steps=7)
     run.train(resume_from_checkpoint=str(checkpoint))
     assert run.state.global_step == 7
+
+
+@pytest.mark.parametrize(("backend", "message"), [
+    ({"is_deepspeed_enabled": True}, r"DeepSpeed.*FSDP2"),
+    ({"is_fsdp_enabled": True, "fsdp_version": 1}, r"FSDP1.*fsdp_version: 2"),
+    ({"n_gpu": 2}, r"DataParallel.*torchrun"),
+], ids=["deepspeed", "fsdp1", "dataparallel"])  # fmt: skip
+def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: str) -> None:
+    from types import SimpleNamespace as Stub
+
+    from hf_latephase.support import check_supported
+
+    state = Stub(fsdp_plugin=Stub(fsdp_version=backend.get("fsdp_version", 2)))
+    fake = Stub(
+        args=Stub(n_gpu=backend.get("n_gpu", 1)), optimizer=None, accelerator=Stub(state=state),
+        is_deepspeed_enabled=backend.get("is_deepspeed_enabled", False),
+        is_fsdp_enabled=backend.get("is_fsdp_enabled", False),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        check_supported(fake, LatePhaseConfig())
+    fake.is_deepspeed_enabled, fake.args.n_gpu, state.fsdp_plugin.fsdp_version = False, 1, 2
+    check_supported(fake, LatePhaseConfig())

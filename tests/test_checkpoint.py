@@ -70,7 +70,7 @@ def everything(run: Any) -> dict[str, Any]:
         },
         "state": json.dumps(vars(run.state), default=str, sort_keys=True),
         "released": run.late_phase.released,
-        "held": list(run._held),
+        "held": list(run._stepping.held),
         "in_train": run.is_in_train,
         "generators": torch.get_rng_state(),
     }

@@ -133,13 +133,19 @@ def test_fsdp2_recipe(tmp_path) -> None:
     assert resumed["loss"] == two["loss"]
 
 
-def test_ddp_recipe_resumes_inside_a_cycle(tmp_path) -> None:
-    """The recipe's launcher gives two processes, and a run resumed from inside a cycle is that without a break."""
+def test_ddp_recipe_resumes(tmp_path) -> None:
+    """Inside a cycle, on as many processes: to the bit. At the end of one, on another number; inside it, refused."""
     task = SHARDED | {"world_size": 2}
-    saving = SHARDED_ARGUMENTS | {"save_strategy": "steps", "save_steps": 10}
+    saving = SHARDED_ARGUMENTS | {"save_strategy": "steps", "save_steps": 3}
     whole = launch(tmp_path, "whole", accelerate("ddp.yaml"), **task, arguments=saving)
-    checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-10")
-    resumed = launch(tmp_path, "resumed", accelerate("ddp.yaml"), **task, arguments=saving, resume=checkpoint)
+    # Cycles of two steps from step 3 on: 6 lies inside one, 9 at the end of one.
+    inside, at_end = (str(tmp_path / "whole" / "run" / f"checkpoint-{step}") for step in (6, 9))
+    resumed = launch(tmp_path, "resumed", accelerate("ddp.yaml"), **task, arguments=saving, resume=inside)
     for name, weight in resumed["weights"].items():
         assert torch.equal(weight, whole["weights"][name]), name
     assert resumed["loss"] == whole["loss"]
+    alone = {"arguments": SHARDED_ARGUMENTS | {"gradient_accumulation_steps": 2}}
+    with pytest.raises(ValueError, match="lies inside a cycle of 2 steps on 2 processes"):
+        launch(tmp_path, "refused", None, **SHARDED, **alone, resume=inside)
+    one = launch(tmp_path, "alone", None, **SHARDED, **alone, resume=at_end)
+    assert_close(one["weights"], whole["weights"], 1e-10)

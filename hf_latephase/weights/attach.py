@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .members import Members
+from .members import Members, members_of, plain_forward
 from .recurrent import RECURRENT_LAYERS, restore_cached_weights, use_effective_weights
 from .recurrent import sample_forward as recurrent_sample_forward
 from .targets import FAMILY_MODULES, Target
@@ -36,7 +36,7 @@ class Attachment:
 
 def attach(model: nn.Module, targets: list[Target], members: Members, by_sample: bool) -> list[Attachment]:
     """Makes each target a late-phase weight; `by_sample` adds the layers' calls for dealt rows."""
-    attachments = []
+    attachments: list[Attachment] = []
     for target in targets:
         module = model.get_submodule(target.module)
         tensor = getattr(module, target.tensor)
@@ -83,16 +83,11 @@ def detach(model: nn.Module, attachments: list[Attachment], values: dict[str, Te
 
 def _deal_rows(module: nn.Module, sample_forward: Any) -> None:
     """Gives the class that `parametrize` made for this one module a call for dealt rows."""
-    plain_forward = type(module).__bases__[0].forward
+    forward_before = plain_forward(module)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if members_of(self).mode != "sample":
-            return plain_forward(self, *args, **kwargs)
+            return forward_before(self, *args, **kwargs)
         return sample_forward(self, *args, **kwargs)
 
     type(module).forward = forward  # type: ignore[method-assign]
-
-
-def members_of(module: nn.Module) -> Members:
-    """Returns the state that the late-phase weights of a module share (its own copy's, after a deep copy)."""
-    return next(iter(module.parametrizations.values()))[0].members  # type: ignore[operator, union-attr]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
@@ -122,3 +122,15 @@ class Members:
         shape = [1] * rows.ndim
         shape[0], shape[start : start + len(sizes)] = stack.shape[0], sizes
         return stack.view(shape)
+
+
+def members_of(module: nn.Module) -> Members:
+    """Returns the state that the late-phase weights of a module share (its own copy's, after a deep copy)."""
+    parametrizations: Any = module.parametrizations
+    return next(iter(parametrizations.values()))[0].members
+
+
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """Returns the call of the class that a module had before `parametrize` gave it one of its own."""
+    plain_class: Any = type(module).__bases__[0]
+    return plain_class.forward

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .members import Members
+from .members import Members, members_of, plain_forward
 from .replicated import Replicated
 
 
@@ -51,10 +51,9 @@ def sample_forward(module: nn.Module, rows: Tensor, *args: Any, **kwargs: Any) -
     does with its weights (subclasses of PyTorch's included) is its own affair, so it is called for each member.
     """
     parametrizations: Any = module.parametrizations
-    members: Members = next(iter(parametrizations.values()))[0].members
-    plain_forward = type(module).__bases__[0].forward
-    if plain_forward not in PLAIN_FORWARDS:
-        return members.run_each(functools.partial(plain_forward, module), rows, *args, **kwargs)
+    members, forward = members_of(module), plain_forward(module)
+    if forward not in PLAIN_FORWARDS:
+        return members.run_each(functools.partial(forward, module), rows, *args, **kwargs)
     dim = 2 if isinstance(module, nn.GroupNorm) else None
     outputs = members.deal(_normalised(module, rows))
     for name in ("weight", "bias"):

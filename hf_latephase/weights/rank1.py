@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .members import Members
+from .members import Members, plain_forward
 from .recurrent import RECURRENT_LAYERS
 
 
@@ -37,11 +38,12 @@ class Rank1(nn.Module):
     def __init__(self, members: Members, weight: Tensor) -> None:
         super().__init__()
         self.members = members
-        kwargs = {"dtype": weight.dtype, "device": weight.device}
-        self.left = nn.Parameter(torch.ones(members.num_members, weight.shape[0], **kwargs))
-        self.right = nn.Parameter(torch.ones(members.num_members, weight.shape[1], **kwargs))
+        rows, columns = weight.shape[:2]
+        self.left = nn.Parameter(torch.ones(members.num_members, rows, dtype=weight.dtype, device=weight.device))
+        self.right = nn.Parameter(torch.ones(members.num_members, columns, dtype=weight.dtype, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """Returns the base weight times the active member's factors."""
         return rank1_product(weight, self.members.select(self.left), self.members.select(self.right))
 
     def fold(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -107,13 +109,14 @@ def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
 
     Scaling the activations instead of the weight runs all members through one matrix product.
     """
-    parametrizations: Any = module.parametrizations["weight"]
+    layer: Any = module
+    parametrizations = layer.parametrizations["weight"]
     weight, members = parametrizations.original, parametrizations[0].members
     left, right = parametrizations[0].left, parametrizations[0].right
-    dealt, bias = members.deal(rows), module.bias
-    plain_forward = type(module).__bases__[0].forward
-    if plain_forward not in PLAIN_FORWARDS:
-        return _run_each(module, plain_forward, members, dealt)
+    dealt, bias = members.deal(rows), layer.bias
+    forward = plain_forward(module)
+    if forward not in PLAIN_FORWARDS:
+        return _run_each(module, forward, members, dealt)
     if isinstance(module, _ConvNd):
         # Dealt images are [K, B / K, channels, ...]. Each group of channels has the same input factors.
         inputs = right.repeat(1, module.groups)
@@ -129,13 +132,13 @@ def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
     return outputs if bias is None else outputs + bias
 
 
-def _run_each(module: nn.Module, plain_forward: Any, members: Members, dealt: Tensor) -> Tensor:
+def _run_each(module: nn.Module, forward: Callable[..., Tensor], members: Members, dealt: Tensor) -> Tensor:
     """Calls a layer that computes in its own way once a member, on its block of rows."""
     outputs = []
     try:
         for member, block in enumerate(dealt):
             members.activate(member)
-            outputs.append(plain_forward(module, block))
+            outputs.append(forward(module, block))
     finally:
         members.mode = "sample"
     return torch.cat(outputs)

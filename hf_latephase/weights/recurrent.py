@@ -1,4 +1,4 @@
-"""What `nn.LSTM` and `nn.GRU` need beyond a parametrization: they cache their weights and mix a batch's rows in time."""
+"""What `nn.LSTM` and `nn.GRU` need beyond a parametrization: they cache weights and mix a batch's rows in time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .members import Members
+from .members import Members, members_of, plain_forward
 
 
 RECURRENT_LAYERS = (nn.LSTM, nn.GRU)
@@ -39,7 +39,7 @@ def sample_forward(module: nn.Module, rows: Any, state: Any = None) -> Any:
             "member_assignment='sample' runs recurrent layers on batched, padded tensors only (no PackedSequence). "
             "Use member_assignment='minibatch'."
         )
-    members: Members = next(iter(module.parametrizations.values()))[0].members  # type: ignore[operator, union-attr]
+    members, forward = members_of(module), plain_forward(module)
     batch_dim = 0 if module.batch_first else 1
     blocks = rows.chunk(members.num_members, batch_dim)
     if len({block.shape[batch_dim] for block in blocks}) != 1 or len(blocks) != members.num_members:
@@ -47,7 +47,7 @@ def sample_forward(module: nn.Module, rows: Any, state: Any = None) -> Any:
     outputs, states = [], []
     for member, block in enumerate(blocks):
         members.activate(member)
-        output, new_state = type(module).__bases__[0].forward(module, block, _block_of(state, member, members))
+        output, new_state = forward(module, block, _block_of(state, member, members))
         outputs.append(output)
         states.append(new_state)
     members.mode = "sample"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .members import Members
+from .members import Members, members_of, plain_forward
 
 
 class Replicated(nn.Module):
@@ -29,6 +29,7 @@ class Replicated(nn.Module):
         return tensor.detach().repeat(self.members.num_members, *[1] * tensor.ndim)
 
     def forward(self, stack: Tensor) -> Tensor:
+        """Returns the active copy of the stack."""
         return self.members.select(stack)
 
     def fold(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -48,16 +49,16 @@ def parametrization(members: Members, tensor: Tensor) -> nn.Module:
 
 def sample_forward(module: nn.Module, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
     """An output layer's call for rows `[B, ..., n]` dealt out over the members, batched."""
-    parametrizations: Any = module.parametrizations
-    members: Members = next(iter(parametrizations.values()))[0].members
-    plain_forward = type(module).__bases__[0].forward
-    if plain_forward is not nn.Linear.forward or "weight" not in parametrizations:
-        return members.run_each(functools.partial(plain_forward, module), rows, *args, **kwargs)
+    layer: Any = module
+    parametrizations = layer.parametrizations
+    members, forward = members_of(module), plain_forward(module)
+    if forward is not nn.Linear.forward or "weight" not in parametrizations:
+        return members.run_each(functools.partial(forward, module), rows, *args, **kwargs)
     dealt = members.deal(rows)
     stack = parametrizations.weight.original
     outputs = torch.bmm(dealt.flatten(1, -2), stack.transpose(1, 2))
     if "bias" in parametrizations:
         outputs = outputs + parametrizations.bias.original.unsqueeze(1)
-    elif module.bias is not None:
-        outputs = outputs + module.bias
+    elif layer.bias is not None:
+        outputs = outputs + layer.bias
     return outputs.unflatten(1, dealt.shape[1:-1]).flatten(0, 1)

@@ -125,7 +125,7 @@ def _choose(family: str, names: list[str], patterns: list[str], output_layer: st
         return {name: f"target_modules {by_pattern[name]!r}" for name in names if name in by_pattern}
     if family == "rank1":
         return {name: "all linear-like layers but the output layer" for name in names if name != output_layer}
-    return {name: f"every {family} layer" if family != "head" else "output layer" for name in names}
+    return dict.fromkeys(names, f"every {family} layer" if family != "head" else "output layer")
 
 
 def _drop_excluded(names: list[str], config: LatePhaseConfig, modules: dict[str, nn.Module]) -> list[str]:
@@ -147,11 +147,13 @@ def _refuse_parametrized(
         if family == "head":
             candidate = name == output_layer
         else:
-            kinds = {"rank1": rank1.LAYERS, "norm": (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm), "full": nn.Module}[
-                family
-            ]
+            kinds: dict[str, tuple[type[nn.Module], ...]] = {
+                "rank1": rank1.LAYERS,
+                "norm": (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+                "full": (nn.Module,),
+            }
             chosen = any(_matches(pattern, name) for pattern in patterns) if patterns else name != output_layer
-            candidate = isinstance(module, kinds) and (chosen or family == "full")
+            candidate = isinstance(module, kinds[family]) and (chosen or family == "full")
         if ours or candidate:
             raise ValueError(
                 f"{name!r} is parametrized already (by an attached LatePhase, weight_norm or the like). Detach that "

@@ -1,0 +1,237 @@
+"""The gradient side of a cycle: what Trainer's steps do to base and members once minibatches are dealt out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers.utils import logging
+
+from .cycle import Cycle
+from .optimizers import FrozenMembers, unwrapped
+from .sharding import named_parameters, rows_like
+
+
+logger = logging.get_logger(__name__)
+
+
+class Stepping:
+    """
+    Makes a cycle of a trainer's steps: weighs losses, holds gradients until every member has its own, clips once.
+
+    Args:
+        trainer (`LatePhaseMixin`):
+            The trainer, whose `cycle` says where it is.
+
+    Attributes:
+        held (`dict[str, torch.Tensor]`):
+            The gradients of an unfinished cycle between two steps, by parameter name.
+        grad_norm (`torch.Tensor`, *optional*):
+            That of the last whole cycle, logged until the next one ends.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._frozen: FrozenMembers | None = None
+        self.held: dict[str, Tensor] = {}
+        self.grad_norm: Tensor | None = None
+
+    def new_cycle(self) -> Cycle:
+        """Returns a cycle that fits the trainer's config and arguments, at its beginning."""
+        config, accelerator = self._trainer.late_phase_config, self._trainer.accelerator
+        return Cycle(
+            num_members=config.num_members,
+            length=config.cycle_length,
+            accumulation_steps=self._trainer.args.gradient_accumulation_steps,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            by_sample=config.member_assignment == "sample",
+        )
+
+    @property
+    def in_cycles(self) -> bool:
+        """Whether minibatches are dealt out; plain training needs nothing of it."""
+        return self._trainer.late_phase.released and not self._trainer.cycle.is_plain
+
+    @property
+    def cycle_is_open(self) -> bool:
+        """Whether the last step left a cycle unfinished."""
+        return self.in_cycles and self._trainer.cycle.step > 0
+
+    def release_if_due(self, start: int) -> None:
+        """Begins the late phase once training has come to the step `start`."""
+        trainer, late_phase = self._trainer, self._trainer.late_phase
+        if late_phase.released or trainer.state.global_step < start:
+            return
+        # Seeded alike on every process, and apart from the generators that training uses.
+        late_phase.release(torch.Generator().manual_seed(trainer.args.seed))
+        if late_phase.num_members == 1:
+            return
+        logger.info(f"Late phase begins at step {trainer.state.global_step}: {late_phase.num_members} members.")
+        stacks = late_phase.stacks()
+        optimizer = unwrapped(trainer.optimizer)
+        for stack in stacks.values():
+            # As in the reference code, the members' optimizers start fresh.
+            optimizer.state.pop(stack, None)
+        average = trainer.weight_average
+        if average is not None and average.num_averaged:
+            late_phase.share_first_member([average.values[name] for name in stacks])
+
+    # ---- one minibatch ----
+
+    def run(self, training_step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """
+        Runs a minibatch with the member whose turn it is, its loss weighed as the cycle asks.
+
+        Args:
+            training_step (`Callable`):
+                Trainer's `training_step(model, inputs, num_items_in_batch)`, forward and backward pass.
+            model (`torch.nn.Module`), inputs (`dict[str, Any]`):
+                Its arguments.
+
+        Returns:
+            `torch.Tensor`: The loss on Trainer's scale, on which the losses of a step add up to their mean.
+        """
+        trainer, cycle = self._trainer, self._trainer.cycle
+        self._restore_gradients()
+        member = cycle.next_member()
+        if cycle.by_sample:
+            trainer.late_phase.activate_by_sample()
+        else:
+            trainer.late_phase.activate(member)
+        with self._synchronised_once_a_cycle(model), self._weighed_loss():
+            loss = training_step(model, inputs, self._own_items(inputs))
+        trainer._monitor.add(member, loss, cycle.loss_divisor)
+        return loss * (cycle.loss_divisor / trainer.current_gradient_accumulation_steps)
+
+    def _own_items(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Counts a minibatch's own targets for `compute_loss_func`; a model averages over them by itself."""
+        trainer = self._trainer
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        if trainer.compute_loss_func is None or not isinstance(labels, Tensor):
+            return None
+        if trainer._loss_shifts_labels and "shift_labels" not in inputs:
+            labels = labels[..., 1:]
+        # Trainer multiplies the loss by the number of processes when it counts over all of them.
+        processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+        return labels.ne(-100).sum() * processes
+
+    @contextlib.contextmanager
+    def _weighed_loss(self) -> Iterator[None]:
+        """Lets Trainer divide each minibatch's mean loss by the cycle's divisor, whoever computed the loss."""
+        trainer = self._trainer
+        steps, scaled = trainer.current_gradient_accumulation_steps, trainer.loss_is_scaled_for_ga
+        trainer.current_gradient_accumulation_steps = trainer.cycle.loss_divisor
+        trainer.loss_is_scaled_for_ga = False
+        try:
+            yield
+        finally:
+            trainer.current_gradient_accumulation_steps, trainer.loss_is_scaled_for_ga = steps, scaled
+
+    @contextlib.contextmanager
+    def _synchronised_once_a_cycle(self, model: nn.Module) -> Iterator[None]:
+        """Inside a cycle, keeps accelerate's optimizer from stepping and DDP from reducing gradients."""
+        accelerator, state = self._trainer.accelerator, self._trainer.state
+        is_last_step = state.global_step + 1 >= state.max_steps
+        if accelerator.sync_gradients and not self._trainer.cycle.completes_at_next_step(is_last_step):
+            accelerator.gradient_state._set_sync_gradients(False)
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
+                yield
+        else:
+            yield
+
+    # ---- one of Trainer's steps ----
+
+    def norm_and_clip(self, model: nn.Module, max_norm: float) -> Any:
+        """Returns the gradient norm of the mean loss, and clips to it, once a cycle."""
+        accelerator, late_phase = self._trainer.accelerator, self._trainer.late_phase
+        if self.in_cycles:
+            if accelerator.sync_gradients:
+                self.grad_norm = self._clip_cycle(max_norm)
+            return self.grad_norm
+        if late_phase.num_members == 1 or self._trainer.is_fsdp_enabled:
+            return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        # Idle members stay out of the norm, so that it is to the bit that of a run with one member.
+        accelerator.unscale_gradients()
+        stacks = {id(p) for p in late_phase.stacks().values()}
+        with_grad = [p for p in model.parameters() if p.grad is not None]
+        norm = get_total_norm([g[:1] if id(p) in stacks else g for p in with_grad if (g := p.grad) is not None])
+        clip_grads_with_norm_(with_grad, max_norm, norm)
+        return norm
+
+    def _clip_cycle(self, max_norm: float) -> Tensor:
+        late_phase = self._trainer.late_phase
+        self._trainer.accelerator.unscale_gradients()
+        base = [p for p in late_phase.base_parameters().values() if p.grad is not None]
+        stacks = [p for p in late_phase.stacks().values() if p.grad is not None]
+        factors = self._trainer.cycle.member_factors()
+        if factors is not None:
+            for gradient in _gradients(stacks):
+                gradient.mul_(rows_like(gradient, factors))
+        # The gradients are sums over the members of those of each one's mean loss.
+        members = late_phase.num_members
+        base_norm, member_norm = _norm(base) / members, _norm(stacks) / members
+        norm = torch.hypot(base_norm, member_norm)
+        clip_grads_with_norm_([*base, *stacks], max_norm * members, norm * members)
+        self._trainer._monitor.gradient_norms = (base_norm, member_norm)
+        return norm
+
+    def before_optimizer(self) -> None:
+        """Scales the base gradients and keeps members that saw no minibatch as they are."""
+        trainer, late_phase = self._trainer, self._trainer.late_phase
+        if not (late_phase.released and trainer.accelerator.sync_gradients):
+            return
+        scale = trainer.late_phase_config.base_gradient_scale
+        if scale != 1:
+            torch._foreach_mul_(_gradients(late_phase.base_parameters().values()), scale)
+        absent = trainer.cycle.absent() if self.in_cycles else []
+        if absent:
+            self._frozen = FrozenMembers(unwrapped(trainer.optimizer), list(late_phase.stacks().values()), absent)
+
+    def after_optimizer(self) -> None:
+        """Ends the cycle, or holds its gradients until the next step."""
+        if self._frozen is not None:
+            self._frozen.restore()
+            self._frozen = None
+        if not self.in_cycles:
+            return
+        if self._trainer.accelerator.sync_gradients:
+            self._trainer.cycle.reset()
+        else:
+            self._trainer.cycle.step += 1
+            self._hold_gradients()
+
+    # ---- holding gradients ----
+
+    def drop_held(self) -> None:
+        """Forgets the gradients of an unfinished cycle."""
+        self.held = {}
+
+    def _hold_gradients(self) -> None:
+        """Takes the gradients out of reach of Trainer's `zero_grad`, without copying."""
+        for name, parameter in named_parameters(self._trainer.late_phase.model).items():
+            if parameter.grad is not None:
+                self.held[name] = parameter.grad
+                parameter.grad = None
+
+    def _restore_gradients(self) -> None:
+        if self.held:
+            parameters = named_parameters(self._trainer.late_phase.model)
+            for name, gradient in self.held.items():
+                parameters[name].grad = gradient
+            self.held = {}
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    norm = get_total_norm(_gradients(parameters))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
