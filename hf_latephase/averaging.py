@@ -57,19 +57,17 @@ class WeightAverage:
         if self.num_averaged == 0:
             yield
             return
-        parameters = self._parameters()
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
-        self._write(parameters, self.values)
+        kept = {name: p.detach().clone() for name, p in self._parameters().items()}
+        self._write(self.values)
         try:
             yield
         finally:
-            self._write(parameters, kept)
+            self._write(kept)
 
-    @staticmethod
     @torch.no_grad()
-    def _write(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    def _write(self, values: dict[str, Tensor]) -> None:
         # In place: FSDP and cuDNN hold on to the storage.
-        for name, parameter in parameters.items():
+        for name, parameter in self._parameters().items():
             parameter.copy_(values[name])
 
     def _parameters(self) -> dict[str, nn.Parameter]:

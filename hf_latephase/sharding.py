@@ -12,7 +12,8 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     Returns the parameters by name, sharded ones as shards.
 
-    FSDP leaves the root module gathered after an evaluation; what is then written to its parameters is lost.
+    FSDP leaves the root module gathered after an evaluation: what is then written to its parameters is lost, and what
+    is written to its shards goes unseen until they are gathered again.
     """
     if isinstance(model, FSDPModule):
         for module in model.modules():

@@ -106,6 +106,8 @@ SHARDED = {
     "members": True,
 }
 SHARDED_ARGUMENTS = {"max_steps": 12, "logging_steps": 4, "max_grad_norm": 0.1, "weight_decay": 0.1}
+# Evaluation, with the average over time in place of the weights, comes between steps.
+SHARDED_ARGUMENTS |= {"eval_strategy": "steps", "eval_steps": 4}
 
 
 def test_fsdp2_recipe(tmp_path) -> None:

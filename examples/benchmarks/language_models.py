@@ -5,7 +5,8 @@ Late-phase language models against their controls: two architectures, two schedu
 
 Every run is `examples/run_enwik8.py` with a recipe, in a process and a folder of its own; runs that have finished are
 not repeated, so an interrupted benchmark goes on where it was. The figures of all runs are written to
-`examples/benchmarks/language_models.json`, the table made from them to `language_models.md` beside it.
+`examples/benchmarks/language_models.json`; the table made from them goes to `language_models.md` beside it and into the
+README.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers import HfArgumentParser
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("language_models.json")
+README = EXAMPLES.parent / "README.md"
 SCHEDULES = {"constant rate": "false", "linear decay from T0": "true"}
 METHODS = ("base", "one_member", "accumulation", "late_phase")
 
@@ -108,6 +110,13 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def put_into_readme(readme: str, text: str) -> str:
+    """The README with the table between its marks."""
+    begin, end = "<!-- language_models -->\n", "<!-- end -->"
+    before, _, rest = readme.partition(begin)
+    return before + begin + text + end + rest.partition(end)[2]
+
+
 def main() -> None:
     """Runs what is missing and writes figures and table."""
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
@@ -121,6 +130,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     text = table(figures["runs"])
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
+    README.write_text(put_into_readme(README.read_text(encoding="utf-8"), text), encoding="utf-8")
     print(text)
 
 
