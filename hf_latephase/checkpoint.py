@@ -59,9 +59,10 @@ def last_whole_checkpoint(run_dir: str) -> str:
         if not missing:
             return folder
         logger.warning(f"Ignoring the checkpoint {folder}, which lacks {', '.join(missing)}.")
-    raise ValueError(
-        f"No whole checkpoint in {run_dir!r}, only {[os.path.basename(folder) for folder in folders]}. Train without "
-        "resume_from_checkpoint, or name the folder of another run."
+    broken = f", only broken ones: {[os.path.basename(folder) for folder in folders]}" if folders else ""
+    raise ValueError(  # begins as Trainer's own message does
+        f"No valid checkpoint found in output directory ({run_dir}){broken}. Train without resume_from_checkpoint, or "
+        "name a checkpoint of another run."
     )
 
 

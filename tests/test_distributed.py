@@ -110,14 +110,23 @@ SHARDED_ARGUMENTS = {"max_steps": 12, "logging_steps": 4, "max_grad_norm": 0.1, 
 SHARDED_ARGUMENTS |= {"eval_strategy": "steps", "eval_steps": 4}
 
 
-def test_fsdp2_recipe(tmp_path) -> None:
-    """Sharded training equals one process, saves a full stock model, and resumes from inside a cycle."""
-    one = launch(
-        tmp_path, "one", None, **SHARDED, arguments=SHARDED_ARGUMENTS | {"gradient_accumulation_steps": 2}
-    )  # fmt: skip
-    saving = SHARDED_ARGUMENTS | {"save_strategy": "steps", "save_steps": 10}
-    task = SHARDED | {"fsdp": True, "world_size": 2}
-    two = launch(tmp_path, "two", accelerate("fsdp2.yaml"), **task, arguments=saving)
+SHARDED_RUN = SHARDED | {
+    "fsdp": True,
+    "world_size": 2,
+    "arguments": SHARDED_ARGUMENTS | {"save_strategy": "steps", "save_steps": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def sharded_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run by the FSDP2 recipe, with a checkpoint inside a cycle."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    return folder / "two", launch(folder, "two", accelerate("fsdp2.yaml"), **SHARDED_RUN)
+
+
+def test_fsdp2_equals_one_process_and_saves_a_stock_model(tmp_path, sharded_run) -> None:
+    folder, two = sharded_run
+    one = launch(tmp_path, "one", None, **SHARDED, arguments=SHARDED_ARGUMENTS | {"gradient_accumulation_steps": 2})
     assert two["class"] == "FSDPGPT2LMHeadModel" and len(two["sharded"]) == len(two["weights"])
     assert_close(two["weights"], one["weights"], 1e-10)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
@@ -125,11 +134,15 @@ def test_fsdp2_recipe(tmp_path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-5)
     for row, metrics in one["table"].items():
         assert two["table"][row]["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
-    saved = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "saved", dtype="auto") for n in ("one", "two")]
+    saved = [AutoModelForCausalLM.from_pretrained(f / "saved", dtype="auto") for f in (tmp_path / "one", folder)]
     assert type(saved[1]) is type(saved[0])
     assert_close(saved[1].state_dict(), saved[0].state_dict(), 1e-10)
-    checkpoint = str(tmp_path / "two" / "run" / "checkpoint-10")
-    resumed = launch(tmp_path, "resumed", accelerate("fsdp2.yaml"), **task, arguments=saving, resume=checkpoint)
+
+
+def test_fsdp2_resumes_to_the_bit(tmp_path, sharded_run) -> None:
+    folder, two = sharded_run
+    checkpoint = str(folder / "run" / "checkpoint-10")
+    resumed = launch(tmp_path, "resumed", accelerate("fsdp2.yaml"), **SHARDED_RUN, resume=checkpoint)
     for name, weight in resumed["weights"].items():
         assert torch.equal(weight, two["weights"][name]), name
     assert resumed["loss"] == two["loss"]
