@@ -12,8 +12,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     Returns the parameters by name, sharded ones as shards.
 
-    FSDP leaves the root module gathered after an evaluation: what is then written to its parameters is lost, and what
-    is written to its shards goes unseen until they are gathered again.
+    FSDP may leave the root module gathered after an evaluation, its parameters plain tensors until the next reshard.
     """
     if isinstance(model, FSDPModule):
         for module in model.modules():

@@ -102,7 +102,7 @@ def test_two_processes_are_one_that_accumulates(tmp_path, case: str) -> None:
 
 SHARDED = {
     "model": "gpt2",
-    "config": {"num_members": 4, "weights": ["rank1", "norm"], "late_phase_start": 3, "swa_start": 7},
+    "config": {"num_members": 4, "weights": ["rank1", "norm"], "late_phase_start": 3, "swa_start": 5},
     "members": True,
 }
 SHARDED_ARGUMENTS = {"max_steps": 12, "logging_steps": 4, "max_grad_norm": 0.1, "weight_decay": 0.1}
