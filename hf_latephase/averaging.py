@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from .config import PointsInTraining
@@ -15,14 +16,17 @@ from .sharding import named_parameters
 
 class WeightAverage:
     """
-    A running average of a model's parameters, kept beside the model.
+    A running average of a model's weights, kept beside the model.
+
+    Running statistics of BatchNorm layers are averaged like the weights: those of the current weights would not fit
+    the average.
 
     Like [`torch.optim.swa_utils.AveragedModel`] the first update copies; unlike it this copies no module, averages
     half-precision weights in float32, and works on sharded parameters.
 
     Args:
         model (`torch.nn.Module`):
-            The model whose trainable parameters are averaged.
+            The model whose trainable parameters and BatchNorm statistics are averaged.
         ema_decay (`float`, *optional*):
             Decay per training step of an exponential moving average; `None` for the equal average of SWA.
     """
@@ -42,7 +46,7 @@ class WeightAverage:
             steps (`int`, defaults to 1):
                 Training steps since the last update; an EMA decays by `ema_decay ** steps`.
         """
-        current = {name: _wide(p) for name, p in self._parameters().items()}
+        current = {name: _wide(p) for name, p in self.tensors().items()}
         if self.num_averaged == 0:
             self.values = {name: value.clone() for name, value in current.items()}
         else:
@@ -57,7 +61,7 @@ class WeightAverage:
         if self.num_averaged == 0:
             yield
             return
-        kept = {name: p.detach().clone() for name, p in self._parameters().items()}
+        kept = {name: p.detach().clone() for name, p in self.tensors().items()}
         self._write(self.values)
         try:
             yield
@@ -67,11 +71,26 @@ class WeightAverage:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         # In place: FSDP and cuDNN hold on to the storage.
-        for name, parameter in self._parameters().items():
+        for name, parameter in self.tensors().items():
             parameter.copy_(values[name])
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in named_parameters(self.model).items() if p.requires_grad}
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the model's own tensors that are averaged, by name."""
+        trained = {name: p for name, p in named_parameters(self.model).items() if p.requires_grad}
+        return trained | batch_norm_statistics(self.model)
+
+
+def batch_norm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the running means and variances of all BatchNorm layers, late-phase weights or not, by buffer name."""
+    statistics = ("running_mean", "running_var")
+    names = {
+        f"{layer}.{name}".removeprefix(".")
+        for layer, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for statistic in statistics
+        for name in (statistic, f"parametrizations.{statistic}.original")
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
 class AverageSchedule:

@@ -28,12 +28,15 @@ class LatePhaseConfig:
             T0, when the late-phase weights are replicated. Before it one model is trained.
         weights (`list[str]`, defaults to `["rank1"]`):
             Families of late-phase weights, any of `"rank1"` (W ∘ u vᵀ, u and v replicated), `"norm"` (scale and shift
-            of normalisation layers), `"head"` (the output layer), `"full"` (every weight, an ablation).
+            of normalisation layers; of BatchNorm the running statistics too), `"head"` (the output layer),
+            `"hypernet"` (layers with weights of one shape share weight templates, and the embeddings that mix them
+            are replicated), `"full"` (every weight, an ablation).
         target_modules (`list[str]`, *optional*):
             Module names, name suffixes or regular expressions (matched against the full name), as in PEFT. They
             restrict every family of which they match a module; a family that none of them matches keeps its default.
             `None` or `["all-linear"]`: rank1 takes every linear-like layer (`nn.LSTM` and `nn.GRU` included) but
-            embeddings and the output layer; norm takes every normalisation layer.
+            embeddings and the output layer; norm takes every normalisation layer; hypernet every Linear and
+            convolution that shares its shape with another, but the output layer.
         exclude_modules (`list[str]`, *optional*):
             Modules to leave alone, written like `target_modules`.
         init_noise (`float`, defaults to 0.0):
@@ -53,6 +56,15 @@ class LatePhaseConfig:
             Steps between two samples of the average. `None`: each update.
         ema_decay (`float`, *optional*):
             Decay per training step of an exponential moving average over base and members. Excludes `swa_start`.
+        member_weight_decay (`float`, *optional*):
+            Weight decay of all late-phase weights from T0 on. `None`: Trainer's rule, as before T0.
+        batch_norm_statistics (`str`, defaults to `"running"`):
+            Which statistics the averaged model's BatchNorm layers have. `"running"`: the members' running ones,
+            folded with their scale and shift so that each layer's output is the mean of the members' outputs (as the
+            reference code evaluates). `"recomputed"`: averaged scale and shift, and statistics measured over the
+            training set with the averaged weights. `"recomputed_members"`: measured for each member, then folded (as
+            the paper does after SWA). Measuring takes one pass, or K, over the training set at each evaluation and
+            saving after new training steps.
 
     Raises:
         `ValueError`: If a value is out of range; the message names the field.
@@ -94,6 +106,13 @@ class LatePhaseConfig:
     swa_start: float | None = field(default=None, metadata={"help": "Start of SWA: share of all steps, or steps."})
     swa_every: float | None = field(default=None, metadata={"help": "Steps between SWA samples. None: each update."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of an EMA over base and members."})
+    member_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of all late-phase weights from T0 on. None: Trainer's rule."}
+    )
+    batch_norm_statistics: Literal["running", "recomputed", "recomputed_members"] = field(
+        default="running",
+        metadata={"help": "BatchNorm statistics of the averaged model: folded, or measured over the training set."},
+    )
 
     def __post_init__(self) -> None:
         if not _is_count(self.num_members):
@@ -128,6 +147,21 @@ class LatePhaseConfig:
                 f"equally many minibatches; got {self.cycle_length!r}. Leave it out for the shortest cycle."
             )
         self._check_averaging()
+        if self.member_weight_decay is not None:
+            _check_number("member_weight_decay", self.member_weight_decay, "leave it out for Trainer's rule")
+        self._check_statistics()
+
+    def _check_statistics(self) -> None:
+        known = ("running", "recomputed", "recomputed_members")
+        if self.batch_norm_statistics not in known:
+            raise ValueError(
+                f"batch_norm_statistics must be one of {list(known)}, got {self.batch_norm_statistics!r}: choose one."
+            )
+        if self.batch_norm_statistics != "running" and not {"norm", "full"} & set(self.weights):
+            raise ValueError(
+                f"batch_norm_statistics={self.batch_norm_statistics!r} measures those of BatchNorm layers that are "
+                f"late-phase weights, but weights={self.weights} has no 'norm'. Add it, or keep 'running'."
+            )
 
     def _check_weights(self) -> None:
         if not isinstance(self.weights, (list, tuple)) or not self.weights:

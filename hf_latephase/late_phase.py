@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import LatePhaseConfig
 from .sharding import gathered, named_parameters, sharded_like
-from .weights import Attachment, Members, Target, attach, detach, find_targets
+from .weights import PARAMETRIZATIONS, Attachment, Members, Target, attach, detach, find_targets, fold, write
 
 
 class LatePhase:
@@ -81,27 +83,33 @@ class LatePhase:
         """Whether a name in `model.named_parameters()` belongs to a stack `[K, ...]` of members."""
         return parameter_name in self._stack_names
 
-    @property
-    def _stack_names(self) -> dict[str, Attachment]:
-        """The parameter names of all stacks; the base weight below rank-1 factors is none."""
-        names = {}
-        for attachment in self._attachments:
-            rank1 = attachment.target.family == "rank1"
-            for tensor in ("0.left", "0.right") if rank1 else ("original",):
-                names[attachment.prefix + tensor] = attachment
-        return names
+    @functools.cached_property
+    def _stack_names(self) -> set[str]:
+        """The names of all stacks, statistics included; a base weight below factors or embeddings is none."""
+        return {attachment.prefix + name for attachment in self._attachments for name in attachment.stacks}
+
+    @functools.cached_property
+    def _by_prefix(self) -> dict[str, Attachment]:
+        return {attachment.prefix: attachment for attachment in self._attachments}
 
     def plain_name(self, parameter_name: str) -> str | None:
-        """Returns the plain model's name of a parameter, `None` if it has none (rank-1 factors)."""
-        for attachment in self._attachments:
-            if parameter_name.startswith(attachment.prefix):
-                return attachment.target.key if parameter_name == f"{attachment.prefix}original" else None
-        return parameter_name
+        """Returns the plain model's name of a parameter, `None` if it has none (rank-1 factors, embeddings)."""
+        module, found, rest = parameter_name.partition(PARAMETRIZATIONS)
+        tensor, _, name = rest.partition(".")
+        attachment = self._by_prefix.get(f"{module}{found}{tensor}.")
+        if attachment is None:
+            return parameter_name
+        return attachment.target.key if name == "original" else None
 
     def stacks(self) -> dict[str, nn.Parameter]:
         """Returns the members' parameters by name, each `[K, ...]`."""
         names = self._stack_names
         return {name: p for name, p in named_parameters(self.model).items() if name in names}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Returns the members' running statistics of BatchNorm layers by name, each `[K, ...]`."""
+        names = self._stack_names
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in names}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Returns θ, all other parameters, by name."""
@@ -152,13 +160,18 @@ class LatePhase:
             raise RuntimeError("The members were released before; rejoin() makes them one again.")
         for stack in self.stacks().values():
             self._set_members(stack, gathered(stack)[:1], generator)
+        self.share_first_member(list(self.statistics().values()))
         self.members.released = True
 
     @torch.no_grad()
     def rejoin(self) -> None:
         """Undoes a release: the average of the members becomes the shared value."""
+        layers = [a for a in self._attachments if isinstance(self.model.get_submodule(a.target.module), _BatchNorm)]
+        # Of these the average is that of the layers' outputs.
+        folded = fold(self.model, layers, self.model.state_dict())
         for stack in self.stacks().values():
             self._set_members(stack, self.members.average(gathered(stack)).unsqueeze(0), None, noise=False)
+        write(self.model, layers, folded)
         self.members.released = False
 
     @torch.no_grad()
@@ -177,12 +190,8 @@ class LatePhase:
                 `None`: the model's own.
         """
         source = self.model.state_dict() if state_dict is None else state_dict
-        folded: dict[str, Tensor] = {}
         with torch.no_grad():
-            for attachment in self._attachments:
-                prefix = attachment.prefix
-                tensors = {k.removeprefix(prefix): v for k, v in source.items() if k.startswith(prefix)}
-                folded[attachment.target.key] = self._fold(attachment, tensors).detach()
+            folded = fold(self.model, self._attachments, source)
         plain: dict[str, Any] = {k: folded.get(self._aliases.get(k, k), source.get(k)) for k in self._plain_keys}
         return plain
 
@@ -194,20 +203,18 @@ class LatePhase:
 
     @torch.no_grad()
     def load_averaged_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Makes every member the one of a plain state dict: rank-1 factors 1, stacks equal copies."""
-        own = self.model.state_dict()
-        names = self._stack_names
-        for name, tensor in own.items():
-            plain = self.plain_name(name)
-            if plain is None:
-                tensor.fill_(1)
-            elif plain in state_dict:
-                tensor.copy_(state_dict[plain].to(tensor).expand_as(tensor) if name in names else state_dict[plain])
+        """Makes every member that of a plain state dict: factors 1, embeddings unit vectors, stacks equal copies."""
+        write(self.model, self._attachments, state_dict)
+        for name, tensor in self.model.state_dict().items():
+            if self.plain_name(name) == name and name in state_dict:
+                tensor.copy_(state_dict[name])
 
     def detach(self) -> nn.Module:
         """Makes the model the stock model again, in place, with the averaged weights, and returns it."""
         detach(self.model, self._attachments, self._averaged_targets())
         self._attachments = []
+        for name in ("_stack_names", "_by_prefix"):
+            self.__dict__.pop(name, None)
         return self.model
 
     def distance_from_mean(self) -> Tensor:
@@ -225,10 +232,6 @@ class LatePhase:
         averaged = self.averaged_state_dict()
         values = {target.key: averaged[target.key] for target in self.targets}
         return {key: value.clone() for key, value in values.items()} if copied else values
-
-    def _fold(self, attachment: Attachment, tensors: dict[str, Tensor]) -> Tensor:
-        parametrizations: Any = self.model.get_submodule(attachment.target.module).parametrizations
-        return parametrizations[attachment.target.tensor][0].fold(tensors)
 
     def _set_members(
         self, stack: Tensor, shared: Tensor, generator: torch.Generator | None, noise: bool = True

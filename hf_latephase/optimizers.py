@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,25 @@ from .sharding import rows_like
 def unwrapped(optimizer: Any) -> Optimizer:
     """Returns the optimizer inside accelerate's wrapper, or one that is not wrapped as it is."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def group_apart(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Moves parameters out of an optimizer's groups into groups of their own, with the same settings."""
+    apart = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in apart]
+        rest = [p for p in group["params"] if id(p) not in apart]
+        if moved and rest:
+            group["params"] = rest
+            optimizer.add_param_group({**group, "params": moved})
+
+
+def set_decay(optimizer: Optimizer, parameters: Iterable[Tensor], weight_decay: float | None) -> None:
+    """Sets the weight decay of the groups, made by [`group_apart`], that hold parameters; `None` leaves it."""
+    own = {id(p) for p in parameters}
+    for group in optimizer.param_groups if weight_decay is not None else []:
+        if any(id(p) in own for p in group["params"]):
+            group["weight_decay"] = weight_decay
 
 
 def check_elementwise(optimizer: Optimizer) -> None:

@@ -142,10 +142,10 @@ class StateKeeper:
                 tensor.copy_(saved.weights[name])
         trainer.late_phase.members.released = state["released"]
         if trainer.weight_average is not None:
-            parameters = named_parameters(trainer.late_phase.model)
+            own = trainer.weight_average.tensors()
             trainer.weight_average.num_averaged = state["num_averaged"]
             trainer.weight_average.values = {
-                name: sharded_like(parameters[name], value) for name, value in _part(saved.tensors, "average.").items()
+                name: sharded_like(own[name], value) for name, value in _part(saved.tensors, "average.").items()
             }
         self._resumed = saved
 

@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.utils import logging
 
 from .cycle import Cycle
-from .optimizers import FrozenMembers, unwrapped
+from .optimizers import FrozenMembers, set_decay, unwrapped
+from .process_statistics import ProcessStatistics
 from .sharding import named_parameters, rows_like
 
 
@@ -39,6 +40,7 @@ class Stepping:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._frozen: FrozenMembers | None = None
+        self._statistics = ProcessStatistics(trainer)
         self.held: dict[str, Tensor] = {}
         self.grad_norm: Tensor | None = None
 
@@ -69,19 +71,22 @@ class Stepping:
         trainer, late_phase = self._trainer, self._trainer.late_phase
         if late_phase.released or trainer.state.global_step < start:
             return
+        self._statistics.broadcast()
         # Seeded alike on every process, and apart from the generators that training uses.
         late_phase.release(torch.Generator().manual_seed(trainer.args.seed))
+        stacks = late_phase.stacks()
+        optimizer = unwrapped(trainer.optimizer)
+        set_decay(optimizer, stacks.values(), trainer.late_phase_config.member_weight_decay)
         if late_phase.num_members == 1:
             return
         logger.info(f"Late phase begins at step {trainer.state.global_step}: {late_phase.num_members} members.")
-        stacks = late_phase.stacks()
-        optimizer = unwrapped(trainer.optimizer)
         for stack in stacks.values():
             # As in the reference code, the members' optimizers start fresh.
             optimizer.state.pop(stack, None)
         average = trainer.weight_average
         if average is not None and average.num_averaged:
-            late_phase.share_first_member([average.values[name] for name in stacks])
+            names = [name for name in average.values if late_phase.is_late_phase(name)]
+            late_phase.share_first_member([average.values[name] for name in names])
 
     # ---- one minibatch ----
 
@@ -105,6 +110,7 @@ class Stepping:
             trainer.late_phase.activate_by_sample()
         else:
             trainer.late_phase.activate(member)
+        self._statistics.count(None if cycle.by_sample else member)
         with self._synchronised_once_a_cycle(model), self._weighed_loss():
             loss = training_step(model, inputs, self._own_items(inputs))
         trainer._monitor.add(member, loss, cycle.loss_divisor)
@@ -201,6 +207,7 @@ class Stepping:
             self._frozen = None
         if not self.in_cycles:
             return
+        self._statistics.synchronise()
         if self._trainer.accelerator.sync_gradients:
             self._trainer.cycle.reset()
         else:

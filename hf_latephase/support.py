@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import is_peft_available
 
 from .config import LatePhaseConfig
@@ -29,6 +30,11 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
             "FSDP1 flattens parameters, which hides the stacked members. Use FSDP2: `fsdp_version: 2` in the "
             "accelerate config."
         )
+    if trainer.is_fsdp_enabled and "hypernet" in config.weights:
+        raise ValueError(
+            "FSDP gathers a layer's weights only while that layer runs, but with weights=['hypernet'] layers share "
+            "their weight templates. Use DDP, or another family in `weights`."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             "nn.DataParallel would run one member on all GPUs of this process. Launch one process a GPU with "
@@ -40,7 +46,7 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
             "Pass `optimizer_cls_and_kwargs`, or choose one by `optim` in TrainingArguments."
         )
     if config.member_assignment == "sample":
-        _check_rows(trainer, config.num_members)
+        _check_rows(trainer, config)
 
 
 def check_adapter(model: nn.Module, config: LatePhaseConfig, args: Any) -> None:
@@ -79,13 +85,22 @@ def check_adapter(model: nn.Module, config: LatePhaseConfig, args: Any) -> None:
             )
 
 
-def _check_rows(trainer: Any, num_members: int) -> None:
+def _check_rows(trainer: Any, config: LatePhaseConfig) -> None:
+    num_members = config.num_members
     batch_size = trainer._train_batch_size
     remedy = "Choose a batch size that num_members divides, or member_assignment='minibatch'."
     if batch_size % num_members:
         raise ValueError(
             f"member_assignment='sample' deals out the rows of each batch, but per_device_train_batch_size="
             f"{batch_size} cannot be shared equally by num_members={num_members}. {remedy}"
+        )
+    models = [] if trainer.model is None else [trainer.model]
+    has_batch_norm = any(isinstance(module, _BatchNorm) for model in models for module in model.modules())
+    if batch_size == num_members > 1 and has_batch_norm and {"norm", "full"} & set(config.weights):
+        raise ValueError(
+            f"member_assignment='sample': per_device_train_batch_size={batch_size} leaves each of num_members="
+            f"{num_members} members one row, too few for the batch statistics of its own BatchNorm layers. Choose a "
+            "larger batch, or member_assignment='minibatch'."
         )
     dataset = trainer.train_dataset
     if dataset is None or not hasattr(dataset, "__len__") or trainer.args.dataloader_drop_last:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from .averaged_view import AveragedView
 from .averaging import AverageSchedule, WeightAverage
 from .checkpoint import has_state, last_whole_checkpoint
 from .config import LatePhaseConfig, PointsInTraining, resolve_points
@@ -21,7 +20,7 @@ from .ensemble import MemberTable
 from .late_phase import LatePhase
 from .member_evaluation import MemberEvaluation
 from .monitor import MemberMonitor
-from .optimizers import check_elementwise, unwrapped
+from .optimizers import check_elementwise, group_apart, unwrapped
 from .resume import StateKeeper
 from .staging import Staging, keep_only, staging_folder
 from .stepping import Stepping
@@ -94,6 +93,7 @@ class LatePhaseMixin(_Base):
         self.late_phase = LatePhase(model, self.late_phase_config)
         self.late_phase.activate(None)
         self.weight_average = self._new_average()
+        self._averaged_view = AveragedView(self)
         self._stepping = Stepping(self)
         self._state_keeper = StateKeeper(self)
         self._monitor = MemberMonitor(self)
@@ -115,6 +115,8 @@ class LatePhaseMixin(_Base):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.late_phase.num_members > 1:
             check_elementwise(unwrapped(optimizer))
+        if self.late_phase_config.member_weight_decay is not None:
+            group_apart(unwrapped(optimizer), self.late_phase.stacks().values())
         return optimizer
 
     # ---- the cycle ----
@@ -142,12 +144,14 @@ class LatePhaseMixin(_Base):
         self._stepping.drop_held()
         self._average_schedule = AverageSchedule(self._points, self.state.global_step)
         self._monitor.reset()
+        self._averaged_view.forget()
         if not self._state_keeper.resume():
             self.weight_average = self._new_average()
             if self.late_phase.released:
                 self.late_phase.rejoin()
 
     def _begin_step(self) -> None:
+        self._averaged_view.forget()
         self._stepping.release_if_due(self._points.late_phase_start)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -181,11 +185,6 @@ class LatePhaseMixin(_Base):
 
     # ---- evaluating ----
 
-    @contextlib.contextmanager
-    def _time_averaged(self) -> Iterator[None]:
-        with self.weight_average.applied() if self.weight_average is not None else contextlib.nullcontext():
-            yield
-
     def averaged_model(self, time_averaged: bool = True) -> nn.Module:
         """
         Returns a new stock model with the averaged weights.
@@ -194,12 +193,12 @@ class LatePhaseMixin(_Base):
             time_averaged (`bool`, defaults to `True`):
                 Whether to use the average over time too, if the config asks for SWA or EMA and one was collected.
         """
-        with self._time_averaged() if time_averaged else contextlib.nullcontext():
+        with self._averaged_view.applied(time_averaged):
             return self.late_phase.averaged_model()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the parent's loop with the averaged weights, or what `evaluate_members` looks at."""
-        with self._time_averaged(), self.late_phase.averaged():
+        with self._averaged_view.applied(), self.late_phase.averaged():
             self._member_evaluation.select_member()
             return super().evaluation_loop(*args, **kwargs)
 
@@ -244,7 +243,7 @@ class LatePhaseMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the averaged model as a stock model, with the late-phase config beside it."""
-        with self._time_averaged():
+        with self._averaged_view.applied():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -288,11 +287,13 @@ class LatePhaseMixin(_Base):
         folder = self.state.best_model_checkpoint
         if folder is None or not os.path.isdir(folder) or not has_state(folder):
             # Saved with save_only_model: its average is all there is.
+            self._averaged_view.forget()
             self._state_keeper.load_average(folder)
             return
         logger.info(f"Loading best model from {folder} (score: {self.state.best_metric}).")
         if self.is_fsdp_enabled:
             super()._load_best_model()
+        self._averaged_view.forget()
         self._state_keeper.load(self._state_keeper.read(folder, to_train=False))
         self._stepping.drop_held()
 

@@ -94,6 +94,7 @@ def train(task: dict[str, Any]) -> None:
     if run.is_world_process_zero():
         result = {
             "weights": weights,
+            "statistics": {name: s.clone() for name, s in run.late_phase.statistics().items()},
             "loss": loss,
             "logs": [{k: log[k] for k in ("loss", "grad_norm", "member_loss_mean", "member_loss_std") if k in log}
                      for log in run.state.log_history if "learning_rate" in log],

@@ -11,6 +11,7 @@ import torch
 from reference import Algorithm1
 from tiny import MODELS, double, trainer
 from torch import Tensor
+from torch.nn import BatchNorm1d
 from transformers import TrainerCallback
 
 from hf_latephase import LatePhaseConfig
@@ -40,6 +41,14 @@ def reference_for(model: Any, weights: list[str], K: int, optimizer: tuple[type,
     replicated = [k for k in keys if ("norm" in weights and is_norm(k)) or ("head" in weights and "lm_head" in k)]
     if "full" in weights:
         replicated = list(keys)
+    by_shape: dict[Any, list[str]] = {}
+    for key, weight in keys.items():
+        if "hypernet" in weights and is_rank1(key, weight):
+            by_shape.setdefault(weight.shape, []).append(key)
+    kwargs["hypernet"] = [group for group in by_shape.values() if len(group) > 1]
+    kwargs["batch_norms"] = [
+        n for n, m in model.named_modules() if isinstance(m, BatchNorm1d) and f"{n}.weight" in replicated
+    ]
 
     def U(parameters: list[tuple[Tensor, bool]]) -> torch.optim.Optimizer:
         groups = [{"params": [p], "weight_decay": WEIGHT_DECAY if decay else 0.0} for p, decay in parameters]
@@ -83,6 +92,9 @@ CASES = [
     ("llama", ["rank1", "norm", "head"]),
     ("lstm", ["rank1"]),
     ("lstm", ["rank1", "head"]),
+    ("convnet", ["norm", "head"]),
+    ("convnet", ["hypernet", "norm"]),
+    ("llama", ["hypernet"]),
 ]
 
 
@@ -97,8 +109,9 @@ def test_several_minibatches_a_member(tmp_path) -> None:
     follow(tmp_path, "gpt2", ["rank1", "norm"], 6, ADAMW, cycles=20)
 
 
-def test_every_weight_replicated(tmp_path) -> None:
-    follow(tmp_path, "llama", ["full"], 1, SGD, cycles=20)
+@pytest.mark.parametrize("name", ["llama", "convnet"])
+def test_every_weight_replicated(tmp_path, name: str) -> None:
+    follow(tmp_path, name, ["full"], 1, SGD, cycles=20)
 
 
 def follow(tmp_path, name: str, weights: list[str], accumulation: int, optimizer: Any, cycles: int) -> None:
@@ -127,7 +140,7 @@ def follow(tmp_path, name: str, weights: list[str], accumulation: int, optimizer
     for step in range(start):
         reference.shared_step(take(accumulation))
         # Before T0 the averaged model is (θ, φ_0).
-        assert_close(averages[step], reference.weights(reference.phi[0]), step)
+        assert_close(averages[step], reference.weights(reference.phi[0]) | reference.S[0], step)
     reference.release()
     for cycle in range(cycles):
         minibatches = take(accumulation * steps_per_cycle)

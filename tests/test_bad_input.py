@@ -132,7 +132,8 @@ def attached_before() -> nn.Module:
 
 
 @named(
-    hypernet_not_there=(gpt2, {"weights": ["hypernet"]}, r"'hypernet'\] is not available yet: choose from .*rank1"),
+    hypernet_alone=(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), {"weights": ["hypernet"]},
+                    "no two of the 1 layers chosen do. Choose other target_modules"),
     target_matches_nothing=(gpt2, {"target_modules": ["c_atn"]},
                             r"target_modules: 'c_atn' matches no module\. The nearest.*c_attn.*leave target_modules"),
     one_target_of_two=(llama, {"target_modules": ["q_proj", "w_proj"]}, "'w_proj' matches no module.*_proj.*name one"),
@@ -154,8 +155,8 @@ def attached_before() -> nn.Module:
     tied_full=(gpt2, {"weights": ["full"]}, "tied to.*Untie"),
     tied_lstm_head=(lambda: lstm(tie_word_embeddings=True), {"weights": ["head"]}, "is tied to .*Untie it"),
     no_norms=(lstm, {"weights": ["norm"]}, r"no layer of this family.*LayerNorm.*Choose another family"),
-    only_batch_norms=(lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), {"weights": ["norm"]},
-                      "no layer of this family.*Choose another family"),
+    only_bare_batch_norms=(lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)),
+                           {"weights": ["norm"]}, "no layer of this family.*Choose another family"),
     only_embeddings=(Embeddings, {"weights": ["rank1"]}, "no layer of this family.*nn.Linear.*Choose another family"),
     only_an_output_layer=(lambda: nn.Linear(3, 2), {"weights": ["rank1"]}, "but for the output layer.*Choose another"),
     no_head=(Embeddings, {"weights": ["head"]}, "no layer of this family.*an output layer.*Choose another family"),

@@ -100,6 +100,29 @@ def test_two_processes_are_one_that_accumulates(tmp_path, case: str) -> None:
     assert type(reloaded).__name__ == two["class"]
 
 
+@pytest.mark.parametrize("settings", [
+    {"num_members": 4, "weights": ["norm", "head"]},
+    {"num_members": 2, "weights": ["norm"], "member_assignment": "sample"},
+    {"num_members": 4, "weights": ["norm"], "swa_start": 4, "batch_norm_statistics": "recomputed_members"},
+], ids=["running", "sample", "recomputed"])  # fmt: skip
+def test_members_keep_their_batch_norm_statistics_on_two_processes(tmp_path, settings: dict[str, Any]) -> None:
+    """Each member runs on one process (or on both, by sample); evaluation comes inside of cycles, too."""
+    steps = 2 if settings["num_members"] == 4 else 1
+    task = {"model": "convnet", "config": settings | {"late_phase_start": 0}, "members": True}
+    shared = {"max_steps": 9, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    accumulation = {"gradient_accumulation_steps": steps}
+    two = launch(tmp_path, "two", TORCHRUN, **task, world_size=2, arguments=shared | accumulation)
+    one = launch(tmp_path, "one", None, **task, arguments=shared | {"gradient_accumulation_steps": 2 * steps})
+    if settings.get("member_assignment") == "sample":
+        # Members see two minibatches a cycle: one after the other, or side by side and then their mean.
+        assert_close(two["weights"], one["weights"], 1e-10)
+        return
+    for part in ("weights", "statistics"):
+        assert_close(two[part], one[part], 1e-10)
+    for row, metrics in one["table"].items():
+        assert two["table"][row]["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+
+
 SHARDED = {
     "model": "gpt2",
     "config": {"num_members": 4, "weights": ["rank1", "norm"], "late_phase_start": 3, "swa_start": 5},

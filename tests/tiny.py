@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
 from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
@@ -41,6 +42,27 @@ def lstm(dropout: float = 0.0, **kwargs: Any) -> LSTMForCausalLM:
     return LSTMForCausalLM(config)
 
 
+class ConvNet(nn.Module):
+    """A small convolutional language model with BatchNorm (it sees the future; the tests do not mind)."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.first = nn.Conv1d(8, 8, 3, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm1d(8)
+        self.second = nn.Conv1d(8, 8, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm1d(8)
+        self.lm_head = nn.Linear(8, VOCAB)
+        self.loss_function = exact_loss
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> CausalLMOutput:
+        hidden = self.first_norm(self.first(self.embed(input_ids).transpose(1, 2))).relu()
+        hidden = self.second_norm(self.second(hidden)).relu()
+        logits = self.lm_head(hidden.transpose(1, 2))
+        loss = None if labels is None else self.loss_function(logits, labels, VOCAB)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
 def exact_loss(logits: Any, labels: Any, vocab_size: int, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
     """transformers' causal loss, which computes in float32 whatever the model's dtype, in that dtype."""
     logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
@@ -55,7 +77,7 @@ def double(model: Any) -> Any:
     return model.double()
 
 
-MODELS = {"gpt2": gpt2, "llama": llama, "lstm": lstm}
+MODELS = {"gpt2": gpt2, "llama": llama, "lstm": lstm, "convnet": ConvNet}
 
 
 class Text(Dataset):

@@ -1,8 +1,8 @@
 """The families of late-phase weights, one a file, and how they are put on a model and taken off again."""
 
-from .attach import Attachment, attach, detach
+from .attach import PARAMETRIZATIONS, Attachment, attach, detach, fold, write
 from .members import Members
 from .targets import Target, find_targets
 
 
-__all__ = ["Attachment", "Members", "Target", "attach", "detach", "find_targets"]
+__all__ = ["PARAMETRIZATIONS", "Attachment", "Members", "Target", "attach", "detach", "find_targets", "fold", "write"]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from . import batch_norm, hypernet
 from .members import Members, members_of, plain_forward
 from .recurrent import RECURRENT_LAYERS, restore_cached_weights, use_effective_weights
 from .recurrent import sample_forward as recurrent_sample_forward
-from .targets import FAMILY_MODULES, Target
+from .targets import Target, family_module
+
+
+PARAMETRIZATIONS = "parametrizations."
 
 
 @dataclass
@@ -21,48 +29,95 @@ class Attachment:
 
     Attributes:
         target (`Target`): The tensor.
-        parameter_order (`list[str]`): The module's parameter names before it was parametrized.
+        order (`list[str]`): The names of the module's parameters and buffers before it was parametrized.
+        stacks (`list[str]`): Which of the parametrized tensors are stacked `[K, ...]`, as named below `prefix`.
     """
 
     target: Target
-    parameter_order: list[str]
+    order: list[str]
+    stacks: list[str]
 
     @property
     def prefix(self) -> str:
         """Where the tensors of this weight live in the parametrized state dict."""
         module = f"{self.target.module}." if self.target.module else ""
-        return f"{module}parametrizations.{self.target.tensor}."
+        return f"{module}{PARAMETRIZATIONS}{self.target.tensor}."
 
 
 def attach(model: nn.Module, targets: list[Target], members: Members, by_sample: bool) -> list[Attachment]:
     """Makes each target a late-phase weight; `by_sample` adds the layers' calls for dealt rows."""
     attachments: list[Attachment] = []
+    orders: dict[str, list[str]] = {}
+    templates = _template_groups(model, targets)
+    groups = {key: group for group in templates for key in group}
     for target in targets:
         module = model.get_submodule(target.module)
         tensor = getattr(module, target.tensor)
-        order = list(module._parameters)
-        if parametrize.is_parametrized(module):
-            order = next(a.parameter_order for a in attachments if a.target.module == target.module)
-        family = FAMILY_MODULES[target.family]
+        order = orders.setdefault(target.module, [*module._parameters, *module._buffers])
+        family = family_module(target.family, module)
+        if family is hypernet:
+            group = groups[target.key]
+            parametrization: Any = hypernet.Hypernet(members, group.index(target.key), len(group), tensor)
+        else:
+            parametrization = family.parametrization(members, tensor)
         # unsafe: our shapes are right by construction, and the check would evaluate every layer once.
-        parametrize.register_parametrization(
-            module, target.tensor, family.parametrization(members, tensor), unsafe=True
-        )
-        attachments.append(Attachment(target, order))
+        parametrize.register_parametrization(module, target.tensor, parametrization, unsafe=True)
+        own = [f"0.{name}" for name, _ in parametrization.named_parameters()]
+        attachments.append(Attachment(target, order, own or ["original"]))
+        if family is batch_norm:
+            type(module).forward = batch_norm.member_forward  # type: ignore[method-assign]
+            continue
         if isinstance(module, RECURRENT_LAYERS):
             use_effective_weights(module)
         if by_sample:
             recurrent = isinstance(module, RECURRENT_LAYERS)
             _deal_rows(module, recurrent_sample_forward if recurrent else family.sample_forward)
+    for group in templates:
+        hypernet.share_templates([_parametrized(model, target) for target in targets if target.key in group])
     return attachments
+
+
+def fold(model: nn.Module, attachments: list[Attachment], state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the averages of all targets by plain key, from a full state dict of the parametrized model."""
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in state_dict.items():
+        module, found, rest = key.partition(PARAMETRIZATIONS)
+        if found:
+            tensor, _, name = rest.partition(".")
+            tensors[f"{module}{found}{tensor}."][name] = value
+    by_module: dict[str, list[Attachment]] = defaultdict(list)
+    for attachment in attachments:
+        by_module[attachment.target.module].append(attachment)
+    folded: dict[str, Tensor] = {}
+    for own in by_module.values():
+        layer = model.get_submodule(own[0].target.module)
+        if isinstance(layer, _BatchNorm):
+            stacks = {a.target.tensor: tensors[a.prefix]["original"].detach() for a in own}
+            values = batch_norm.fold(layer, stacks)
+            folded |= {a.target.key: values[a.target.tensor] for a in own}
+        else:
+            for a in own:
+                folded[a.target.key] = _parametrized(model, a.target)[0].fold(tensors[a.prefix]).detach()
+    return folded
+
+
+@torch.no_grad()
+def write(model: nn.Module, attachments: list[Attachment], values: dict[str, Tensor]) -> None:
+    """Makes every member of each target the one value given under its plain key."""
+    for attachment in attachments:
+        if (value := values.get(attachment.target.key)) is not None:
+            parametrized = _parametrized(model, attachment.target)
+            tensors = parametrized.state_dict()
+            parametrized[0].write(tensors, value.to(tensors["original"]))
 
 
 def detach(model: nn.Module, attachments: list[Attachment], values: dict[str, Tensor]) -> None:
     """
     Restores the plain modules in place, each target holding the value given under its plain key.
 
-    The class, the order and the identity of the parameters are those from before `attach`. `parametrize`'s own
-    removal is not used: it deletes from a class that a deep copy of the model shares.
+    The class, the order and (but for templates that layers share) the identity of the parameters are those from
+    before `attach`. `parametrize`'s own removal is not used: it deletes from a class that a deep copy of the model
+    shares.
     """
     for module_name in dict.fromkeys(attachment.target.module for attachment in attachments):
         module = model.get_submodule(module_name)
@@ -72,16 +127,41 @@ def detach(model: nn.Module, attachments: list[Attachment], values: dict[str, Te
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
         for attachment in own:
-            parameter = originals[attachment.target.tensor]
-            parameter.data = values[attachment.target.key]
+            tensor, value = attachment.target.tensor, values[attachment.target.key]
+            parameter = originals[tensor]
+            if not isinstance(parameter, nn.Parameter):
+                module.register_buffer(tensor, value)
+                continue
+            if attachment.target.family == "hypernet":
+                parameter = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            parameter.data = value
             parameter.grad = None
-            module.register_parameter(attachment.target.tensor, parameter)
-        module._parameters = {name: module._parameters[name] for name in own[0].parameter_order}
+            module.register_parameter(tensor, parameter)
+        held: Any
+        for held in (module._parameters, module._buffers):
+            for name in own[0].order:
+                if name in held:
+                    held[name] = held.pop(name)
         if isinstance(module, RECURRENT_LAYERS):
             restore_cached_weights(module)
 
 
-def _deal_rows(module: nn.Module, sample_forward: Any) -> None:
+def _parametrized(model: nn.Module, target: Target) -> Any:
+    parametrizations: Any = model.get_submodule(target.module).parametrizations
+    return parametrizations[target.tensor]
+
+
+def _template_groups(model: nn.Module, targets: list[Target]) -> list[list[str]]:
+    """The keys of weights that share templates."""
+    weights = {}
+    for target in targets:
+        if target.family == "hypernet":
+            module = model.get_submodule(target.module)
+            weights[target.key] = (module, getattr(module, target.tensor))
+    return hypernet.groups(weights)
+
+
+def _deal_rows(module: nn.Module, sample_forward: Callable[..., Any]) -> None:
     """Gives the class that `parametrize` made for this one module a call for dealt rows."""
     forward_before = plain_forward(module)
 

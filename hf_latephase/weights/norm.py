@@ -13,6 +13,8 @@ from .members import Members, members_of, plain_forward
 from .replicated import Replicated
 
 
+# BatchNorm, whose members differ in their running statistics too: batch_norm.py.
+KINDS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm)
 PLAIN_FORWARDS = (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.GroupNorm.forward)
 
 
@@ -22,9 +24,9 @@ def is_norm_layer(module: nn.Module) -> bool:
 
     The name alone does not do: `RobertaPreLayerNormSelfAttention` holds whole sub-layers.
     """
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
+    if isinstance(module, KINDS):
         return True
-    if isinstance(module, _BatchNorm) or next(module.children(), None) is not None:
+    if next(module.children(), None) is not None:
         return False
     parameters = list(module.parameters(recurse=False))
     named_norm = re.search(r"norm", type(module).__name__, re.IGNORECASE) is not None

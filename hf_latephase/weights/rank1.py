@@ -51,6 +51,12 @@ class Rank1(nn.Module):
         average = self.members.average
         return rank1_product(tensors["original"], average(tensors["0.left"]), average(tensors["0.right"]))
 
+    def write(self, tensors: dict[str, Tensor], value: Tensor) -> None:
+        """Makes the base weight `value` and all factors one."""
+        tensors["original"].copy_(value)
+        tensors["0.left"].fill_(1)
+        tensors["0.right"].fill_(1)
+
 
 class _Rank1Product(torch.autograd.Function):
     """`weight * left * right` that keeps no weight-sized intermediate for the backward pass."""

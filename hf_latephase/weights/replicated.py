@@ -36,6 +36,10 @@ class Replicated(nn.Module):
         """Returns the average of the stack `original`."""
         return self.members.average(tensors["original"])
 
+    def write(self, tensors: dict[str, Tensor], value: Tensor) -> None:
+        """Makes all copies `value`."""
+        tensors["original"].copy_(value)
+
 
 def eligible(module: nn.Module) -> list[str]:
     """Names all floating-point parameters of `module` itself."""

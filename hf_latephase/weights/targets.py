@@ -9,14 +9,28 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ..config import LatePhaseConfig
-from . import norm, rank1, replicated
+from . import batch_norm, hypernet, norm, rank1, replicated
 
 
-FAMILY_MODULES: dict[str, ModuleType] = {"rank1": rank1, "norm": norm, "head": replicated, "full": replicated}
+FAMILY_MODULES: dict[str, ModuleType] = {
+    "rank1": rank1,
+    "norm": norm,
+    "head": replicated,
+    "hypernet": hypernet,
+    "full": replicated,
+}
+
+
+def family_module(family: str, module: nn.Module) -> ModuleType:
+    """Returns the file that knows how a family replicates a module: BatchNorm has one of its own."""
+    if isinstance(module, _BatchNorm) and family in ("norm", "full"):
+        return batch_norm
+    return FAMILY_MODULES[family]
 
 
 @dataclass(frozen=True)
@@ -50,9 +64,6 @@ def find_targets(model: nn.Module, config: LatePhaseConfig) -> list[Target]:
         `ValueError`: If a family finds no layer, a pattern matches nothing, a target is tied, frozen or already
             parametrized; the message names the cause and the remedy.
     """
-    missing = [family for family in config.weights if family not in FAMILY_MODULES]
-    if missing:
-        raise ValueError(f"weights={missing} is not available yet: choose from {list(FAMILY_MODULES)}.")
     modules = dict(model.named_modules())
     tied = _tied_keys(model)
     output_layer = find_output_layer(model)
@@ -73,10 +84,16 @@ def find_targets(model: nn.Module, config: LatePhaseConfig) -> list[Target]:
         found = [
             Target(name, tensor, family, rule)
             for name, rule in chosen.items()
-            for tensor in FAMILY_MODULES[family].eligible(modules[name])
+            for tensor in family_module(family, modules[name]).eligible(modules[name])
         ]
-        targets.extend(_usable(family, found, modules, tied, explicit=bool(patterns)))
+        usable = _usable(family, found, modules, tied, explicit=bool(patterns))
+        targets.extend(_drop_single(usable, modules) if family == "hypernet" else usable)
     _refuse_overlap(targets)
+    if config.batch_norm_statistics != "running" and not any(t.tensor == "running_mean" for t in targets):
+        raise ValueError(
+            f"batch_norm_statistics={config.batch_norm_statistics!r}: no BatchNorm layer that tracks statistics "
+            "becomes a late-phase weight. Keep 'running', or check target_modules and exclude_modules."
+        )
     return targets
 
 
@@ -115,7 +132,7 @@ def _matches(pattern: str, name: str) -> bool:
 def _candidates(family: str, modules: dict[str, nn.Module], output_layer: str | None) -> list[str]:
     if family == "head":
         return [output_layer] if output_layer is not None else []
-    return [name for name, module in modules.items() if FAMILY_MODULES[family].eligible(module)]
+    return [name for name, module in modules.items() if family_module(family, module).eligible(module)]
 
 
 def _choose(family: str, names: list[str], patterns: list[str], output_layer: str | None) -> dict[str, str]:
@@ -123,7 +140,7 @@ def _choose(family: str, names: list[str], patterns: list[str], output_layer: st
     by_pattern = {name: p for p in reversed(patterns) for name in names if _matches(p, name)}
     if by_pattern:
         return {name: f"target_modules {by_pattern[name]!r}" for name in names if name in by_pattern}
-    if family == "rank1":
+    if family in ("rank1", "hypernet"):
         return {name: "all linear-like layers but the output layer" for name in names if name != output_layer}
     return dict.fromkeys(names, f"every {family} layer" if family != "head" else "output layer")
 
@@ -149,7 +166,8 @@ def _refuse_parametrized(
         else:
             kinds: dict[str, tuple[type[nn.Module], ...]] = {
                 "rank1": rank1.LAYERS,
-                "norm": (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+                "norm": norm.KINDS,
+                "hypernet": hypernet.LAYERS,
                 "full": (nn.Module,),
             }
             chosen = any(_matches(pattern, name) for pattern in patterns) if patterns else name != output_layer
@@ -184,7 +202,7 @@ def _usable(
                     f"{'weights' if not explicit else 'target_modules'}."
                 )
             reasons.append(reason)
-        elif family != "rank1" and not getattr(module, target.tensor).requires_grad:
+        elif family != "rank1" and _is_frozen(module, target.tensor):
             reasons.append(f"{target.key!r} is frozen (requires_grad=False)")
         else:
             usable.append(target)
@@ -198,10 +216,28 @@ def _usable(
     return usable
 
 
+def _is_frozen(module: nn.Module, tensor: str) -> bool:
+    # The tensors of a BatchNorm layer belong together: it is eligible if one of them is trained.
+    return not isinstance(module, _BatchNorm) and not getattr(module, tensor).requires_grad
+
+
+def _drop_single(found: list[Target], modules: dict[str, nn.Module]) -> list[Target]:
+    """Drops layers that have no other to share templates with."""
+    weights = {t.key: (modules[t.module], getattr(modules[t.module], t.tensor)) for t in found}
+    shared = {key for group in hypernet.groups(weights) if len(group) > 1 for key in group}
+    if found and not shared:
+        raise ValueError(
+            "weights=['hypernet'] shares weight templates between layers whose weights have one shape, but no two of "
+            f"the {len(found)} layers chosen do. Choose other target_modules, or another family in `weights`."
+        )
+    return [t for t in found if t.key in shared]
+
+
 def _what(family: str) -> str:
     return {
         "rank1": "nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU, but for the output layer",
-        "norm": "LayerNorm, RMSNorm, GroupNorm",
+        "norm": "LayerNorm, RMSNorm, GroupNorm, BatchNorm",
+        "hypernet": "nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, but for the output layer",
         "head": "an output layer",
         "full": "any parameter",
     }[family]

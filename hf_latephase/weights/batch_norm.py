@@ -1,0 +1,203 @@
+"""BatchNorm as late-phase weights: scale, shift and running statistics replicated (paper section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .members import Members, members_of, plain_forward
+from .replicated import Replicated
+
+
+AFFINE = ("weight", "bias")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# What `_sample_forward` computes; a subclass may compute something else.
+PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+class BatchNormTensor(Replicated):
+    """
+    Parametrization of one tensor of a BatchNorm layer, stacked `[K, ...]`.
+
+    Attributes:
+        current (`torch.Tensor`, *optional*):
+            What the tensor is while the layer's own call runs. PyTorch updates running statistics in place, which
+            would be lost on a value computed anew for each reader.
+        measured (`torch.Tensor`, *optional*):
+            Statistics measured over a training set, `[K, ...]` of each member or `[1, ...]` of the averaged weights,
+            which stand in for the running ones of the stack in evaluations and in the average.
+    """
+
+    def __init__(self, members: Members) -> None:
+        super().__init__(members)
+        self.current: Tensor | None = None
+        self.measured: Tensor | None = None
+
+    def forward(self, stack: Tensor) -> Tensor:
+        """Returns the tensor of the active member, or of the running call."""
+        return self.members.select(stack) if self.current is None else self.current
+
+
+def eligible(module: nn.Module) -> list[str]:
+    """
+    Names all tensors of a BatchNorm layer, if its scale or shift is trained; running statistics are among them.
+
+    A frozen scale or shift is named too: the average of the members may need another one.
+    """
+    if not any(p.requires_grad for p in module.parameters(recurse=False)):
+        return []
+    return [name for name in AFFINE + STATISTICS if isinstance(getattr(module, name, None), Tensor)]
+
+
+def parametrization(members: Members, tensor: Tensor) -> nn.Module:
+    """Returns the parametrization of one tensor."""
+    return BatchNormTensor(members)
+
+
+def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """
+    The call of the layer, of whatever subclass, with the tensors of the active member or of the average.
+
+    In training mode the active member's statistics are updated, and no other's. The average has none of its own to
+    update, unless they are being measured.
+    """
+    members = members_of(layer)
+    if members.mode == "sample":
+        return _sample_forward(layer, *args, **kwargs)
+    if members.mode == "average":
+        return _call(layer, plain_forward(layer), _averaged(layer), args, kwargs)
+    index = members.index
+    stacks = {name: _member_statistics(tensor) for name, tensor in _tensors(layer).items() if name in STATISTICS}
+    values = {name: stack.index_select(0, index).squeeze(0) for name, stack in stacks.items()}
+    forward = plain_forward(layer)
+    if isinstance(layer, nn.SyncBatchNorm) and members.released and members.num_members > 1:
+        # The processes run different members: each normalises by its own minibatch.
+        forward = _BatchNorm.forward
+    output = _call(layer, forward, values, args, kwargs)
+    if layer.training:
+        for name, stack in stacks.items():
+            stack.index_copy_(0, index, values[name].unsqueeze(0))
+    return output
+
+
+def fold(layer: Any, stacks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """
+    Returns the one BatchNorm whose output in evaluation mode is the mean of the members' outputs.
+
+    Members are affine maps x ↦ γ_k (x − μ_k) / s_k + β_k with s_k = √(σ²_k + ε). Their mean has the scale
+    mean_k(γ_k / s_k) and the shift mean_k(β_k − γ_k μ_k / s_k), written as a layer with the mean statistics. Members
+    that are equal come out to the bit. With statistics of the averaged weights, this is the average of γ and β.
+
+    Args:
+        layer (`torch.nn.Module`):
+            The layer, for its ε and its measured statistics, which take the place of the running ones.
+        stacks (`dict[str, torch.Tensor]`):
+            The layer's tensors `[K, ...]` by plain name.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors of the same names, without the first dimension.
+    """
+    members = members_of(layer)
+    stacks = stacks | {name: m.to(stacks[name].device).expand_as(stacks[name]) for name, m in measured(layer).items()}
+    if not members.released or members.num_members == 1:
+        return {name: stack[0] for name, stack in stacks.items()}
+    folded = {name: members.average(stack) for name, stack in stacks.items() if stack.is_floating_point()}
+    if "running_var" not in stacks:
+        return folded
+    folded["num_batches_tracked"] = stacks["num_batches_tracked"].amax(0)
+    rms, rms_k = ((variance + layer.eps).sqrt() for variance in (folded["running_var"], stacks["running_var"]))
+    # As corrections that vanish where members agree.
+    folded["weight"] = members.average(stacks["weight"] * (rms / rms_k))
+    if "bias" in stacks:
+        shift = stacks["weight"] / rms_k * (folded["running_mean"] - stacks["running_mean"])
+        folded["bias"] = members.average(stacks["bias"] + shift)
+    return folded
+
+
+def measured(layer: nn.Module) -> dict[str, Tensor]:
+    """Returns the statistics of a layer that were measured over a training set, by plain name; none is the rule."""
+    return {name: t[0].measured for name, t in _tensors(layer).items() if t[0].measured is not None}
+
+
+def measure(layer: nn.Module, rows: int | None) -> None:
+    """
+    Gives a layer statistics to be measured, as those of a new layer.
+
+    Args:
+        rows (`int`, *optional*):
+            K for those of each member, 1 for those of the averaged weights, `None` to go back to running statistics.
+    """
+    for name, tensor in _tensors(layer).items():
+        if name in STATISTICS:
+            fill = torch.ones_like if name == "running_var" else torch.zeros_like
+            tensor[0].measured = None if rows is None else fill(tensor.original[:rows])
+
+
+def _tensors(layer: nn.Module) -> Any:
+    """The layer's parametrizations by plain name: the stack is `original`, the parametrization item 0."""
+    return layer.parametrizations
+
+
+def _member_statistics(tensor: Any) -> Tensor:
+    """The stack that members read and update."""
+    own = tensor[0].measured
+    return tensor.original if own is None or own.shape != tensor.original.shape else own
+
+
+def _averaged(layer: nn.Module) -> dict[str, Tensor]:
+    stacks = {name: tensor.original for name, tensor in _tensors(layer).items()}
+    # Views of what is measured, so that measuring updates it in place.
+    return fold(layer, stacks) | {name: m[0] for name, m in measured(layer).items() if m.shape[0] == 1}
+
+
+def _call(layer: nn.Module, forward: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """Calls the layer while some of its tensors are the ones given."""
+    tensors = _tensors(layer)
+    try:
+        for name, value in values.items():
+            tensors[name][0].current = value
+        return forward(layer, *args, **kwargs)
+    finally:
+        for name in values:
+            tensors[name][0].current = None
+
+
+def _sample_forward(layer: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The call for rows `[B, C, ...]` dealt out over the members: each normalises its own block of rows."""
+    members = members_of(layer)
+    if plain_forward(layer) not in PLAIN_FORWARDS or layer.momentum is None:
+        return _run_each(layer, members, rows, args, kwargs)
+    layer._check_input_dim(rows)
+    # Members side by side, as channels [B / K, K * C, ...] of one layer.
+    dealt = members.deal(rows)
+    channels = dealt.transpose(0, 1).flatten(1, 2)
+    stacks = {name: tensor.original.flatten() for name, tensor in _tensors(layer).items()}
+    if layer.training and "num_batches_tracked" in stacks:
+        stacks["num_batches_tracked"].add_(1)
+    outputs = F.batch_norm(
+        channels,
+        stacks.get("running_mean"),
+        stacks.get("running_var"),
+        stacks.get("weight"),
+        stacks.get("bias"),
+        training=layer.training or "running_mean" not in stacks,
+        momentum=layer.momentum,
+        eps=layer.eps,
+    )
+    return outputs.unflatten(1, (members.num_members, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _run_each(layer: nn.Module, members: Members, rows: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """Calls a layer that computes in its own way once a member, on its block of rows."""
+    outputs = []
+    try:
+        for member, block in enumerate(members.deal(rows)):
+            members.activate(member)
+            outputs.append(member_forward(layer, block, *args, **kwargs))
+    finally:
+        members.mode = "sample"
+    return torch.cat(outputs)
