@@ -1,5 +1,6 @@
-# The build of torch that pip installs, e.g. make test TORCH="torch==2.13.0" for a release of your choice.
-TORCH ?= torch
+# What pip installs of torch, e.g. make test TORCH="torch==2.14.1 torchvision==0.29.1" for releases of your choice. A
+# torchvision works with the torch of its own release and build only: name both.
+TORCH ?= torch torchvision
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed

@@ -29,12 +29,13 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS: dict[str, list[str]] = {
-    "examples": ["matplotlib", "pyyaml", "scikit-learn"],
+    "examples": ["matplotlib", "pyyaml", "scikit-learn", "scipy"],
     # torchvision imports only beside the torch of its own release: install the two in one command.
-    "vision": ["torchvision", "timm"],
+    "vision": ["torchvision", "timm", "pillow"],
     "quality": ["ruff", "mypy", "types-PyYAML"],
 }
-EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "optuna", "peft", "trl", *EXTRAS["examples"]]
+EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "optuna", "peft", "trl"]
+EXTRAS["test"] += EXTRAS["examples"] + EXTRAS["vision"]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 README = Path(__file__).parent / "README.md"

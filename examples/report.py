@@ -31,7 +31,7 @@ class Result:
         averaged_scores (`dict[str, float]`, *optional*):
             The same of the weights averaged over time in the same run. `None`: no such average was collected.
         curve (`list[dict[str, float]]`):
-            Points on the way: `step`, `bpc`, and `bpc_averaged` once there is an average.
+            Points on the way: `step`, `bpc` (or another measure), and `bpc_averaged` once there is an average.
         details (`dict[str, Any]`):
             Anything else worth keeping.
     """
@@ -64,7 +64,21 @@ def markdown_table(results: Sequence[Result], average: str) -> str:
         averaged = result.averaged_scores or {}
         cells = [_figure(scores.get(split)) for split in splits for scores in (result.scores, averaged)]
         rows.append([result.method, *cells, f"{result.minutes:.2f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return format_table(rows)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """
+    Lay out a table in markdown.
+
+    Args:
+        rows (`Sequence[Sequence[str]]`):
+            The cells, the header first. The first column is aligned to the left, all others to the right.
+
+    Returns:
+        `str`: The table.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
         [
@@ -76,7 +90,9 @@ def markdown_table(results: Sequence[Result], average: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot_curves(results: Sequence[Result], average: str, late_phase_start: int, ylabel: str, path: Path) -> None:
+def plot_curves(
+    results: Sequence[Result], average: str, late_phase_start: int, ylabel: str, path: Path, measure: str = "bpc"
+) -> None:
     """
     Plot the curves of all methods, with T0 marked.
 
@@ -91,18 +107,19 @@ def plot_curves(results: Sequence[Result], average: str, late_phase_start: int, 
             What the curves show.
         path (`Path`):
             The PNG to write.
+        measure (`str`, defaults to `"bpc"`):
+            What the points of the curves call it; less is better. With `_averaged` behind it: averaged over time.
     """
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, result in enumerate(results):
         colour = f"C{index}"
-        axes.plot(*_line(result.curve, "bpc"), color=colour, label=result.method)
+        axes.plot(*_line(result.curve, measure), color=colour, label=result.method)
         if result.averaged_scores is not None:
-            axes.plot(
-                *_line(result.curve, "bpc_averaged"), color=colour, linestyle="--", label=f"{result.method}, {average}"
-            )
+            averaged = _line(result.curve, f"{measure}_averaged")
+            axes.plot(*averaged, color=colour, linestyle="--", label=f"{result.method}, {average}")
     axes.axvline(late_phase_start, color="grey", linestyle=":", label="T0")
     # The first points lie far above all others and would flatten what the plot is about.
-    values = sorted(point["bpc"] for result in results for point in result.curve)
+    values = sorted(point[measure] for result in results for point in result.curve)
     if values:
         axes.set_ylim(top=values[int(0.9 * (len(values) - 1))] * 1.02)
     axes.set_xlabel("training step")

@@ -37,7 +37,9 @@ class MemberEvaluation:
         """Evaluates all and logs the table; see [`~LatePhaseMixin.evaluate_members`]."""
         trainer = self._trainer
         dataloader = trainer.get_eval_dataloader(eval_dataset)
-        viewpoints: list[int | str] = [*range(trainer.late_phase.num_members), "average", "ensemble"]
+        # Before T0 there is one member; the others wait for its values.
+        members = trainer.late_phase.num_members if trainer.late_phase.released else 1
+        viewpoints: list[int | str] = [*range(members), "average", "ensemble"]
         table = MemberTable()
         try:
             for viewpoint in viewpoints:

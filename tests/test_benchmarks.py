@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import json
+from types import ModuleType
+from typing import Any
 
+import image_classifiers
 import language_models
+import pytest
+from runs import README, put_into_readme
 
 
-def test_tables_are_made_from_the_figures() -> None:
-    figures = json.loads(language_models.RESULTS.read_text(encoding="utf-8"))
-    table = language_models.table(figures["runs"])
-    assert len(table.splitlines()) == 2 + 2 * 2 * 4
-    assert table == language_models.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
-    readme = language_models.README.read_text(encoding="utf-8")
-    assert readme == language_models.put_into_readme(readme, table)
+BENCHMARKS = {"language_models": language_models, "image_classifiers": image_classifiers}
+every_benchmark = pytest.mark.parametrize("name", BENCHMARKS)
 
 
-def test_every_method_ran_with_every_seed() -> None:
-    runs = json.loads(language_models.RESULTS.read_text(encoding="utf-8"))["runs"]
-    seeds: dict[tuple[str, str, str], set[int]] = {(r["model"], r["schedule"], r["method"]): set() for r in runs}
-    for r in runs:
-        seeds[r["model"], r["schedule"], r["method"]].add(r["seed"])
+def figures(benchmark: ModuleType) -> list[dict[str, Any]]:
+    return json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))["runs"]
+
+
+@every_benchmark
+def test_tables_are_made_from_the_figures(name: str) -> None:
+    benchmark = BENCHMARKS[name]
+    table = benchmark.table(figures(benchmark))
+    assert table == benchmark.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    assert readme == put_into_readme(readme, name, table)
+    # A figure that is not the runs' would show.
+    assert readme != put_into_readme(readme, name, table.replace("2", "3", 1))
+
+
+def test_every_language_model_ran_with_every_seed() -> None:
+    seeds: dict[tuple[str, str, str], set[int]] = {}
+    for r in figures(language_models):
+        seeds.setdefault((r["model"], r["schedule"], r["method"]), set()).add(r["seed"])
+    assert len(seeds) == 2 * 2 * 4
     assert set(map(frozenset, seeds.values())) == {frozenset({0, 1, 2})}
 
 
-def test_a_figure_that_is_not_the_runs_shows() -> None:
-    table = language_models.table(json.loads(language_models.RESULTS.read_text(encoding="utf-8"))["runs"])
-    readme = language_models.README.read_text(encoding="utf-8").replace(table, table.replace("2.5", "2.4", 1))
-    assert readme != language_models.put_into_readme(readme, table)
+def test_every_image_classifier_ran_with_every_seed() -> None:
+    seeds: dict[str, set[int]] = {}
+    for r in figures(image_classifiers):
+        seeds.setdefault(r["method"], set()).add(r["seed"])
+    methods = {method for group in image_classifiers.GROUPS for method in group}
+    assert {name.partition(",")[0] for name in seeds} == methods | {"deep_ensemble"}
+    for name, own in seeds.items():
+        assert own == ({0} if name.startswith("deep_ensemble") else {0, 1, 2}), name
+
+
+def test_a_readme_without_the_mark_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no line '<!-- here -->'"):
+        put_into_readme("text", "here", "table")

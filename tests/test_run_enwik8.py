@@ -37,7 +37,8 @@ from hf_latephase.data import BYTE_VOCAB_SIZE, ByteWindows, encode_bytes
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-RECIPES = sorted(path for kind in ("enwik8", "benchmark") for path in (EXAMPLES / "recipes").glob(f"{kind}_*.yaml"))
+KINDS = ("enwik8_*", "benchmark_lstm", "benchmark_gpt2")
+RECIPES = sorted(path for kind in KINDS for path in (EXAMPLES / "recipes").glob(f"{kind}.yaml"))
 TYPES = (ModelArguments, DataArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
 TINY_LSTM = '{"embedding_size": 6, "hidden_size": 8}'
 TINY_TRANSFORMER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -215,6 +215,14 @@ def test_outside_of_a_step_the_model_is_the_average(tmp_path) -> None:
         assert not torch.equal(run.model(ids).logits, run.averaged_model()(ids).logits)
 
 
+def test_evaluate_members_before_T0(tmp_path) -> None:
+    """There is one member; the rows of the others still hold what training began with."""
+    run = trainer(tmp_path, gpt2(), LatePhaseConfig(num_members=3, weights=["norm"]), max_steps=6)
+    table = run.evaluate_members()
+    assert list(table) == ["member_0", "average", "ensemble"]
+    assert table["member_0"]["loss"] == pytest.approx(table["ensemble"]["loss"], abs=1e-6)
+
+
 def test_evaluate_members(tmp_path) -> None:
     def accuracy(prediction: Any) -> dict[str, float]:
         return {"accuracy": float((prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean())}

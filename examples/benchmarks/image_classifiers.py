@@ -1,0 +1,123 @@
+"""
+Late-phase image classifiers against their controls and baselines over several seeds.
+
+    python examples/benchmarks/image_classifiers.py --dataset path/to/cifar10
+
+Every run is `examples/run_cifar.py` with the recipe `benchmark_cifar.yaml`, in a process and a folder of its own; runs
+that have finished are not repeated, so an interrupted benchmark goes on where it was. The deep ensemble, which trains
+K models, is run for the first seed only. The figures go to `examples/benchmarks/image_classifiers.json`; the table
+made from them to `image_classifiers.md` beside it and into the README.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runs import EXAMPLES, README, Run, environment, markdown, put_into_readme, run_all, spread
+from transformers import HfArgumentParser
+
+
+RESULTS = Path(__file__).with_name("image_classifiers.json")
+RECIPE = EXAMPLES / "recipes" / "benchmark_cifar.yaml"
+# Of one run each; those that share a run stand together.
+GROUPS = (
+    ("base", "swa"),
+    ("late_phase",),
+    ("accumulation",),
+    ("dropout", "mc_dropout"),
+    ("batch_ensemble",),
+    ("late_phase_t0",),
+    ("late_phase_full",),
+    ("late_phase_hypernet",),
+)
+MEASURES = {"accuracy": "accuracy", "nll": "NLL", "brier_score": "Brier", "calibration_error": "ECE"}
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is run, and where."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "The images, as in run_cifar.py. Default: scikit-learn's digits."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    deep_ensemble: bool = field(default=True, metadata={"help": "Whether to train one, for the first seed."})
+    max_steps: int | None = field(default=None, metadata={"help": "Instead of the recipe's."})
+    output_dir: str = field(
+        default="outputs/image_classifiers", metadata={"help": "Where the runs keep their models."}
+    )
+    workers: int = field(default=2, metadata={"help": "Runs side by side, each on one thread."})
+
+
+def make_run(arguments: BenchmarkArguments, methods: tuple[str, ...], seed: int) -> Run:
+    """One run of some methods."""
+    flags = ["--method", *methods, f"--seed={seed}"]
+    if arguments.dataset is not None:
+        flags.append(f"--dataset={arguments.dataset}")
+    if arguments.max_steps is not None:
+        flags.append(f"--max_steps={arguments.max_steps}")
+    folder = Path(arguments.output_dir) / f"{methods[0]}-{seed}"
+    return Run(folder, "run_cifar.py", [str(RECIPE), *flags], {"seed": seed})
+
+
+def collect(runs: list[Run]) -> dict[str, Any]:
+    """The figures of all finished runs."""
+    records, versions = [], {}
+    for run in runs:
+        if not run.is_finished:
+            continue
+        report = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        for result in report["results"]:
+            name = ", ".join(filter(None, (result["method"], result["variant"])))
+            outside = {f"OOD {key}": value for key, value in result["ood_auroc"].items()}
+            record = run.labels | {"method": name, "minutes": result["minutes"]} | result["scores"]["test"] | outside
+            records.append(record)
+        versions = {name: report["settings"][name] for name in ("torch", "torchvision", "transformers")}
+    return {"command": " ".join(["python", *sys.argv]), "environment": environment() | versions, "runs": records}
+
+
+def rows(records: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Mean and standard deviation over the seeds."""
+    columns = measures(records)
+    for method in dict.fromkeys(record["method"] for record in records):
+        own = [record for record in records if record["method"] == method]
+        accuracy = spread([100 * record["accuracy"] for record in own], digits=2)
+        yield [method, accuracy, *(spread([r[c] for r in own]) for c in columns[1:]), str(len(own))]
+
+
+def measures(records: list[dict[str, Any]]) -> list[str]:
+    """The columns of the table."""
+    return [*MEASURES, *(name for name in records[0] if name.startswith("OOD "))]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The figures in Markdown; accuracy in per cent."""
+    header = ["method", *(MEASURES.get(name, name) for name in measures(records)), "seeds"]
+    return markdown(header, 1, list(rows(records)))
+
+
+def main() -> None:
+    """Runs what is missing and writes figures and table."""
+    (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
+    # Seed by seed, so that an interrupted benchmark has every method.
+    runs = [make_run(arguments, methods, seed) for seed in arguments.seeds for methods in GROUPS]
+    if arguments.deep_ensemble:
+        # First, since it takes the longest.
+        runs.insert(0, make_run(arguments, ("deep_ensemble",), arguments.seeds[0]))
+    run_all(runs, arguments.workers)
+    figures = collect(runs)
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    text = table(figures["runs"])
+    RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    README.write_text(put_into_readme(readme, "image_classifiers", text), encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

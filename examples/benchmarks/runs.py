@@ -1,0 +1,91 @@
+"""What the benchmarks share: runs of a script in processes of their own, their spread, and tables in the README."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+README = EXAMPLES.parent / "README.md"
+
+
+@dataclass
+class Run:
+    """
+    One run of a script.
+
+    Attributes:
+        folder (`Path`): Its output folder; `log.txt` in it is what the script printed.
+        script (`str`): The script's name in `examples/`.
+        arguments (`list[str]`): Its arguments, without `--output_dir`.
+        labels (`dict[str, Any]`): What tells the run from the others.
+    """
+
+    folder: Path
+    script: str
+    arguments: list[str]
+    labels: dict[str, Any]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end, now or in an earlier call."""
+        return (self.folder / "finished").exists()
+
+    def start(self) -> None:
+        """Runs the script on one thread, unless it has finished before."""
+        if self.is_finished:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable, str(EXAMPLES / self.script), *self.arguments, f"--output_dir={self.folder}",
+            "--disable_tqdm=true", "--report_to=none", "--use_cpu=true",
+        ]  # fmt: skip
+        with open(self.folder / "log.txt", "w", encoding="utf-8") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        (self.folder / "finished").touch()
+
+
+def run_all(runs: Sequence[Run], workers: int) -> None:
+    """Runs what has not finished yet, some side by side, with a bar."""
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in tqdm(pool.map(Run.start, runs), total=len(runs), desc="Runs"):
+            pass
+
+
+def environment() -> dict[str, Any]:
+    """The machine, as far as it can be told."""
+    return {"machine": platform.machine(), "python": platform.python_version(), "threads per run": 1}
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± sample standard deviation; the value alone, if there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(header: list[str], left: int, rows: Sequence[Sequence[str]]) -> str:
+    """A table; all columns but the first `left` are flushed right."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows)) + "\n"
+
+
+def put_into_readme(readme: str, mark: str, text: str) -> str:
+    """The README with a table between its marks."""
+    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
+    before, found, rest = readme.partition(begin)
+    if not found:
+        raise ValueError(f"README.md has no line {begin.strip()!r}, after which the table should go.")
+    return before + begin + text + end + rest.partition(end)[2]
