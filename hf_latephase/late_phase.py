@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,6 +79,45 @@ class LatePhase:
     def released(self) -> bool:
         """Whether T0 has passed."""
         return self.members.released
+
+    def summary(self) -> str:
+        """
+        Returns what is replicated, by family and by the rule that chose it, and what it costs.
+
+        [`~LatePhase.targets`] lists each layer with its rule.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from hf_latephase import LatePhase, LatePhaseConfig
+
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+        >>> print(LatePhase(model, LatePhaseConfig(num_members=3, weights=["rank1", "norm"])).summary())
+        rank1: 1 tensor, 12 parameters a member (all linear-like layers but the output layer)
+        norm: 2 tensors, 16 parameters a member (every norm layer)
+        3 members: 84 late-phase parameters, 58 others; 272 more bytes than the plain model
+
+        ```
+        """
+        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+        extra = late = 0
+        for attachment in self._attachments:
+            stacks = [own[attachment.prefix + name] for name in attachment.stacks]
+            trained = sum(stack.numel() for stack in stacks if isinstance(stack, nn.Parameter))
+            groups[attachment.target.family, attachment.target.rule].append(trained // self.num_members)
+            late += trained
+            # Of copies the plain model has one itself.
+            kept = self.num_members if attachment.stacks != ["original"] else self.num_members - 1
+            extra += sum(stack.nbytes // self.num_members * kept for stack in stacks)
+        lines = [
+            f"{family}: {len(sizes)} tensor{'s' if len(sizes) > 1 else ''}, {sum(sizes):,} parameters a member ({rule})"
+            for (family, rule), sizes in groups.items()
+        ]
+        others = sum(p.numel() for p in self.base_parameters().values())
+        cost = f"{late:,} late-phase parameters, {others:,} others; {extra:,} more bytes than the plain model"
+        return "\n".join([*lines, f"{self.num_members} member{'s' if self.num_members > 1 else ''}: {cost}"])
 
     def is_late_phase(self, parameter_name: str) -> bool:
         """Whether a name in `model.named_parameters()` belongs to a stack `[K, ...]` of members."""

@@ -79,7 +79,7 @@ class Stepping:
         set_decay(optimizer, stacks.values(), trainer.late_phase_config.member_weight_decay)
         if late_phase.num_members == 1:
             return
-        logger.info(f"Late phase begins at step {trainer.state.global_step}: {late_phase.num_members} members.")
+        logger.info(f"Late phase begins at step {trainer.state.global_step}.\n{late_phase.summary()}")
         for stack in stacks.values():
             # As in the reference code, the members' optimizers start fresh.
             optimizer.state.pop(stack, None)

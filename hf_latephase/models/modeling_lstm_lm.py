@@ -149,6 +149,10 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
     pass over both windows:
 
     ```python
+    >>> import torch
+    >>> from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
+
+    >>> model, input_ids = LSTMForCausalLM(LSTMLMConfig(hidden_size=16)), torch.randint(3, 259, (1, 200))
     >>> first = model(input_ids[:, :100], use_cache=True)
     >>> second = model(input_ids[:, 100:], past_key_values=first.past_key_values)
     ```

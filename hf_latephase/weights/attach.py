@@ -64,8 +64,8 @@ def attach(model: nn.Module, targets: list[Target], members: Members, by_sample:
         parametrize.register_parametrization(module, target.tensor, parametrization, unsafe=True)
         own = [f"0.{name}" for name, _ in parametrization.named_parameters()]
         attachments.append(Attachment(target, order, own or ["original"]))
-        if family is batch_norm:
-            type(module).forward = batch_norm.member_forward  # type: ignore[method-assign]
+        if hasattr(family, "member_forward"):
+            type(module).forward = family.member_forward
             continue
         if isinstance(module, RECURRENT_LAYERS):
             use_effective_weights(module)

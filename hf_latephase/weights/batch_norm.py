@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .members import Members, members_of, plain_forward
+from .members import Members, call_each, call_with, members_of, plain_forward
 from .replicated import Replicated
 
 
@@ -69,7 +69,7 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if members.mode == "sample":
         return _sample_forward(layer, *args, **kwargs)
     if members.mode == "average":
-        return _call(layer, plain_forward(layer), _averaged(layer), args, kwargs)
+        return call_with(layer, plain_forward(layer), _averaged(layer), args, kwargs)
     index = members.index
     stacks = {name: _member_statistics(tensor) for name, tensor in _tensors(layer).items() if name in STATISTICS}
     values = {name: stack.index_select(0, index).squeeze(0) for name, stack in stacks.items()}
@@ -77,7 +77,7 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if isinstance(layer, nn.SyncBatchNorm) and members.released and members.num_members > 1:
         # The processes run different members: each normalises by its own minibatch.
         forward = _BatchNorm.forward
-    output = _call(layer, forward, values, args, kwargs)
+    output = call_with(layer, forward, values, args, kwargs)
     if layer.training:
         for name, stack in stacks.items():
             stack.index_copy_(0, index, values[name].unsqueeze(0))
@@ -154,23 +154,11 @@ def _averaged(layer: nn.Module) -> dict[str, Tensor]:
     return fold(layer, stacks) | {name: m[0] for name, m in measured(layer).items() if m.shape[0] == 1}
 
 
-def _call(layer: nn.Module, forward: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """Calls the layer while some of its tensors are the ones given."""
-    tensors = _tensors(layer)
-    try:
-        for name, value in values.items():
-            tensors[name][0].current = value
-        return forward(layer, *args, **kwargs)
-    finally:
-        for name in values:
-            tensors[name][0].current = None
-
-
 def _sample_forward(layer: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The call for rows `[B, C, ...]` dealt out over the members: each normalises its own block of rows."""
     members = members_of(layer)
     if plain_forward(layer) not in PLAIN_FORWARDS or layer.momentum is None:
-        return _run_each(layer, members, rows, args, kwargs)
+        return call_each(layer, member_forward, members, (rows, *args), kwargs)
     layer._check_input_dim(rows)
     # Members side by side, as channels [B / K, K * C, ...] of one layer.
     dealt = members.deal(rows)
@@ -189,15 +177,3 @@ def _sample_forward(layer: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tens
         eps=layer.eps,
     )
     return outputs.unflatten(1, (members.num_members, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def _run_each(layer: nn.Module, members: Members, rows: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """Calls a layer that computes in its own way once a member, on its block of rows."""
-    outputs = []
-    try:
-        for member, block in enumerate(members.deal(rows)):
-            members.activate(member)
-            outputs.append(member_forward(layer, block, *args, **kwargs))
-    finally:
-        members.mode = "sample"
-    return torch.cat(outputs)

@@ -134,3 +134,36 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """Returns the call of the class that a module had before `parametrize` gave it one of its own."""
     plain_class: Any = type(module).__bases__[0]
     return plain_class.forward
+
+
+def call_with(layer: nn.Module, forward: Callable[..., Any], values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """
+    Calls a layer while some of its parametrized tensors are fixed values, however often the call reads them.
+
+    Their parametrizations must yield an attribute `current` that is not `None`.
+    """
+    parametrizations: Any = layer.parametrizations
+    try:
+        for name, value in values.items():
+            parametrizations[name][0].current = value
+        return forward(layer, *args, **kwargs)
+    finally:
+        for name in values:
+            parametrizations[name][0].current = None
+
+
+def call_each(
+    layer: nn.Module, member_forward: Callable[..., Tensor], members: Members, args: Any, kwargs: Any
+) -> Tensor:
+    """Calls a layer that computes in its own way once a member, on its block of the rows of all tensors given."""
+    blocks, structure = tree_flatten((args, kwargs))
+    dealt = [members.deal(block) if isinstance(block, Tensor) else [block] * members.num_members for block in blocks]
+    outputs = []
+    try:
+        for member in range(members.num_members):
+            members.activate(member)
+            own_args, own_kwargs = tree_unflatten([block[member] for block in dealt], structure)
+            outputs.append(member_forward(layer, *own_args, **own_kwargs))
+    finally:
+        members.mode = "sample"
+    return torch.cat(outputs)

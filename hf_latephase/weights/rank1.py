@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .members import Members, plain_forward
+from .members import Members, call_each, plain_forward
 from .recurrent import RECURRENT_LAYERS
 
 
@@ -39,8 +38,8 @@ class Rank1(nn.Module):
         super().__init__()
         self.members = members
         rows, columns = weight.shape[:2]
-        self.left = nn.Parameter(torch.ones(members.num_members, rows, dtype=weight.dtype, device=weight.device))
-        self.right = nn.Parameter(torch.ones(members.num_members, columns, dtype=weight.dtype, device=weight.device))
+        self.left = nn.Parameter(weight.new_ones(members.num_members, rows))
+        self.right = nn.Parameter(weight.new_ones(members.num_members, columns))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the base weight times the active member's factors."""
@@ -63,7 +62,7 @@ class _Rank1Product(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return (weight * _along(1, right, weight)).mul_(_along(0, left, weight))
+        return (weight * _columns(right, weight)).mul_(_rows(left, weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -76,25 +75,32 @@ class _Rank1Product(torch.autograd.Function):
         weight, left, right = ctx.saved_tensors
         grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_weight = (grad * _along(1, right, grad)).mul_(_along(0, left, grad))
+            grad_weight = (grad * _columns(right, grad)).mul_(_rows(left, grad))
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return grad_weight, None, None
         product = grad * weight
-        if product.ndim > 2:
-            product = product.flatten(2).sum(-1)
-        return grad_weight, product @ right, left @ product
+        if product.ndim > left.ndim + 1:
+            product = product.flatten(left.ndim + 1).sum(-1)
+        return grad_weight, (product @ right.unsqueeze(-1)).squeeze(-1), (left.unsqueeze(-2) @ product).squeeze(-2)
 
 
 def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Returns `weight ∘ (left rightᵀ)`, the factors `[n]` and `[m]` along the first two dimensions of `weight`."""
+    """
+    Returns `weight ∘ (left rightᵀ)`, of a weight `[n, m, ...]` and factors `[n]` and `[m]`.
+
+    Dimensions that all three begin with are a batch: `[E, n, m]`, `[E, n]` and `[E, m]`.
+    """
     return _Rank1Product.apply(weight, left, right)
 
 
-def _along(dim: int, vector: Tensor, like: Tensor) -> Tensor:
-    """Views a vector so that it broadcasts along dimension `dim` of `like`."""
-    shape = [1] * like.ndim
-    shape[dim] = -1
-    return vector.view(shape)
+def _rows(left: Tensor, like: Tensor) -> Tensor:
+    """Views left factors `[..., n]` so that they broadcast over a weight `[..., n, m, ...]`."""
+    return left.view(*left.shape, *[1] * (like.ndim - left.ndim))
+
+
+def _columns(right: Tensor, like: Tensor) -> Tensor:
+    """Views right factors `[..., m]` so that they broadcast over a weight `[..., n, m, ...]`."""
+    return right.unsqueeze(-2).view(*right.shape[:-1], 1, right.shape[-1], *[1] * (like.ndim - right.ndim - 1))
 
 
 def eligible(module: nn.Module) -> list[str]:
@@ -122,29 +128,17 @@ def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
     dealt, bias = members.deal(rows), layer.bias
     forward = plain_forward(module)
     if forward not in PLAIN_FORWARDS:
-        return _run_each(module, forward, members, dealt)
+        return call_each(module, forward, members, (rows,), {})
     if isinstance(module, _ConvNd):
         # Dealt images are [K, B / K, channels, ...]. Each group of channels has the same input factors.
         inputs = right.repeat(1, module.groups)
         scaled = (dealt * members.dealt_view(inputs, dealt, 2)).flatten(0, 1)
         outputs = members.deal(module._conv_forward(scaled, weight, None))  # type: ignore[operator]
         outputs = (outputs * members.dealt_view(left, outputs, 2)).flatten(0, 1)
-        return outputs if bias is None else outputs + _along(1, bias, outputs)
+        return outputs if bias is None else outputs + bias.view(-1, *[1] * (outputs.ndim - 2))
     if isinstance(module, Conv1D):
         left, right, weight = right, left, weight.T
     outputs = F.linear((dealt * members.dealt_view(right, dealt)).flatten(0, 1), weight)
     outputs = members.deal(outputs)
     outputs = (outputs * members.dealt_view(left, outputs)).flatten(0, 1)
     return outputs if bias is None else outputs + bias
-
-
-def _run_each(module: nn.Module, forward: Callable[..., Tensor], members: Members, dealt: Tensor) -> Tensor:
-    """Calls a layer that computes in its own way once a member, on its block of rows."""
-    outputs = []
-    try:
-        for member, block in enumerate(dealt):
-            members.activate(member)
-            outputs.append(forward(module, block))
-    finally:
-        members.mode = "sample"
-    return torch.cat(outputs)

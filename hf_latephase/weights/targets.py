@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ..config import LatePhaseConfig
-from . import batch_norm, hypernet, norm, rank1, replicated
+from . import batch_norm, experts, hypernet, norm, rank1, replicated
 
 
 FAMILY_MODULES: dict[str, ModuleType] = {
@@ -27,9 +27,11 @@ FAMILY_MODULES: dict[str, ModuleType] = {
 
 
 def family_module(family: str, module: nn.Module) -> ModuleType:
-    """Returns the file that knows how a family replicates a module: BatchNorm has one of its own."""
+    """Returns the file that knows how a family replicates a module: BatchNorm and experts have one of their own."""
     if isinstance(module, _BatchNorm) and family in ("norm", "full"):
         return batch_norm
+    if family == "rank1" and experts.eligible(module):
+        return experts
     return FAMILY_MODULES[family]
 
 
@@ -235,7 +237,7 @@ def _drop_single(found: list[Target], modules: dict[str, nn.Module]) -> list[Tar
 
 def _what(family: str) -> str:
     return {
-        "rank1": "nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU, but for the output layer",
+        "rank1": "nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU, experts, but for the output layer",
         "norm": "LayerNorm, RMSNorm, GroupNorm, BatchNorm",
         "hypernet": "nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, but for the output layer",
         "head": "an output layer",
