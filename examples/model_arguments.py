@@ -33,6 +33,34 @@ class ModelArguments:
             raise ValueError(f"model_config must be a mapping of config fields to values, got {self.model_config!r}.")
 
 
+def check_config(model_type: str, chosen: dict[str, Any]) -> PreTrainedConfig:
+    """
+    Checks that a config can be built.
+
+    Args:
+        model_type (`str`):
+            A type that transformers knows.
+        chosen (`dict[str, Any]`):
+            What differs from its defaults.
+
+    Returns:
+        `PreTrainedConfig`: The defaults.
+
+    Raises:
+        `ValueError`: If the type or a field is unknown.
+    """
+    if model_type not in CONFIG_MAPPING:
+        nearest = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=3, cutoff=0.0)
+        raise ValueError(f"Unknown model_type {model_type!r}. The nearest types of transformers are {nearest}.")
+    defaults = AutoConfig.for_model(model_type)
+    for key in chosen:
+        # transformers keeps any key, so a misspelt one would go unnoticed.
+        if not hasattr(defaults, key):
+            nearest = difflib.get_close_matches(key, defaults.to_dict(), n=3, cutoff=0.0)
+            raise ValueError(f"{type(defaults).__name__} has no field {key!r}. The nearest are {nearest}.")
+    return defaults
+
+
 def build_config(model_type: str, chosen: dict[str, Any], class_names: list[str]) -> PreTrainedConfig:
     """
     The config of an image classifier.
@@ -51,15 +79,7 @@ def build_config(model_type: str, chosen: dict[str, Any], class_names: list[str]
     Raises:
         `ValueError`: If the type or a field is unknown, or the number of classes is not that of the data.
     """
-    if model_type not in CONFIG_MAPPING:
-        nearest = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=3, cutoff=0.0)
-        raise ValueError(f"Unknown model_type {model_type!r}. The nearest types of transformers are {nearest}.")
-    defaults = AutoConfig.for_model(model_type)
-    for key in chosen:
-        # transformers keeps any key, so a misspelt one would go unnoticed.
-        if not hasattr(defaults, key):
-            nearest = difflib.get_close_matches(key, defaults.to_dict(), n=3, cutoff=0.0)
-            raise ValueError(f"{type(defaults).__name__} has no field {key!r}. The nearest are {nearest}.")
+    check_config(model_type, chosen)
     if chosen.get("num_labels", len(class_names)) != len(class_names):
         raise ValueError(
             f"model_config asks for num_labels={chosen['num_labels']}, but the data have {len(class_names)} classes. "

@@ -114,5 +114,19 @@ def recipe_flags(recipe: dict[str, Any], known: Iterable[str], path: Path) -> li
     return flags
 
 
+def check_methods(methods: Iterable[str], known: Sequence[str]) -> None:
+    """
+    Refuses methods that there are not.
+
+    Raises:
+        `ValueError`: Names the nearest that there is.
+    """
+    for method in methods:
+        if method not in known:
+            raise ValueError(
+                f"Unknown method {method!r}; did you mean {_nearest(method, known)!r}? Known: {', '.join(known)}."
+            )
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(str(name).lstrip("-").replace("-", "_"), list(known), n=1, cutoff=0.0)[0]

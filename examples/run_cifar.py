@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ import torch
 import torchvision
 import transformers
 from model_arguments import ModelArguments, build_config
-from recipe import parse_arguments
+from recipe import check_methods, parse_arguments
 from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedConfig, TrainingArguments
 from vision import MASKS, MEMBERS, MODEL, Predictions, read_points, save_and_check, train
@@ -134,10 +133,7 @@ class MethodArguments:
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of each run."})
 
     def __post_init__(self) -> None:
-        for method in self.method:
-            if method not in METHODS:
-                nearest = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
-                raise ValueError(f"Unknown method {method!r}; did you mean {nearest!r}? Known: {', '.join(METHODS)}.")
+        check_methods(self.method, METHODS)
         if not 0 < self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must lie between 0 and 1 (both excluded), got {self.dropout_rate}.")
         if self.mc_samples < 1:

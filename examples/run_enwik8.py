@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +21,11 @@ from typing import Any
 import torch
 import transformers
 from byte_lm import ByteTrainer, reload_and_check, sample_text
-from recipe import parse_arguments
+from model_arguments import ModelArguments, check_config
+from recipe import check_methods, parse_arguments
 from report import Result, plot_curves, write_report
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     ByT5Tokenizer,
@@ -53,25 +51,12 @@ PROMPT_BYTES = 50
 
 
 @dataclass
-class ModelArguments:
+class LanguageModelArguments(ModelArguments):
     """The model, built from a config with fresh weights."""
 
     model_type: str = field(
         default=LSTM, metadata={"help": "lstm, or any causal language model of transformers: gpt2, llama, ..."}
     )
-    model_config: dict | str | None = field(
-        default=None,
-        metadata={"help": "JSON of what differs from the config's defaults, e.g. '{\"hidden_size\": 128}'."},
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.model_config, str):
-            try:
-                self.model_config = json.loads(self.model_config)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"model_config is no JSON ({error}): {self.model_config}") from error
-        if not isinstance(self.model_config, dict | None):
-            raise ValueError(f"model_config must be a mapping of config fields to values, got {self.model_config!r}.")
 
 
 @dataclass
@@ -118,25 +103,14 @@ class MethodArguments:
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of each method."})
 
     def __post_init__(self) -> None:
-        for method in self.method:
-            if method not in METHODS:
-                nearest = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
-                raise ValueError(f"Unknown method {method!r}; did you mean {nearest!r}? Known: {', '.join(METHODS)}.")
+        check_methods(self.method, METHODS)
 
 
 def build_config(model_arguments: ModelArguments, window: int) -> PreTrainedConfig:
     """The model's config, for bytes, with as many positions as a training sequence has inputs."""
     model_type = LSTMLMConfig.model_type if model_arguments.model_type == LSTM else model_arguments.model_type
-    if model_type not in CONFIG_MAPPING:
-        nearest = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=3, cutoff=0.0)
-        raise ValueError(f"Unknown model_type {model_type!r}. Use {LSTM!r}, or a type of transformers: {nearest} ...")
     chosen: dict[str, Any] = dict(model_arguments.model_config or {})
-    defaults = AutoConfig.for_model(model_type)
-    for key in chosen:
-        # transformers keeps any key, so a misspelt one would go unnoticed.
-        if not hasattr(defaults, key):
-            nearest = difflib.get_close_matches(key, defaults.to_dict(), n=3, cutoff=0.0)
-            raise ValueError(f"{type(defaults).__name__} has no field {key!r}. The nearest are {nearest}.")
+    defaults = check_config(model_type, chosen)
     settings = {"vocab_size": BYTE_VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     if hasattr(defaults, "max_position_embeddings"):
         # Windows come with the byte before the first target.
@@ -283,7 +257,7 @@ def describe_settings(arguments: list[Any], args: TrainingArguments) -> dict[str
 
 def main(argv: list[str] | None = None) -> None:
     """Runs every method and reports."""
-    types = (ModelArguments, DataArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
+    types = (LanguageModelArguments, DataArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
     *arguments, args = parse_arguments(types, argv, __doc__)
     model_arguments, data, methods, config = arguments
     if args.resume_from_checkpoint is not None:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torchvision
 import transformers
-from recipe import parse_arguments
+from recipe import check_methods, parse_arguments
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments
@@ -72,10 +72,7 @@ class FineTuningArguments:
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of each method."})
 
     def __post_init__(self) -> None:
-        for method in self.method:
-            if method not in METHODS:
-                nearest = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
-                raise ValueError(f"Unknown method {method!r}; did you mean {nearest!r}? Known: {', '.join(METHODS)}.")
+        check_methods(self.method, METHODS)
 
 
 @dataclass

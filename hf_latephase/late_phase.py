@@ -112,12 +112,12 @@ class LatePhase:
             kept = self.num_members if attachment.stacks != ["original"] else self.num_members - 1
             extra += sum(stack.nbytes // self.num_members * kept for stack in stacks)
         lines = [
-            f"{family}: {len(sizes)} tensor{'s' if len(sizes) > 1 else ''}, {sum(sizes):,} parameters a member ({rule})"
+            f"{family}: {_count(len(sizes), 'tensor')}, {sum(sizes):,} parameters a member ({rule})"
             for (family, rule), sizes in groups.items()
         ]
         others = sum(p.numel() for p in self.base_parameters().values())
         cost = f"{late:,} late-phase parameters, {others:,} others; {extra:,} more bytes than the plain model"
-        return "\n".join([*lines, f"{self.num_members} member{'s' if self.num_members > 1 else ''}: {cost}"])
+        return "\n".join([*lines, f"{_count(self.num_members, 'member')}: {cost}"])
 
     def is_late_phase(self, parameter_name: str) -> bool:
         """Whether a name in `model.named_parameters()` belongs to a stack `[K, ...]` of members."""
@@ -294,3 +294,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     """Maps each key of a shared module's parameters to the key under its first name, which targets go by."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_latephase.data.enwik8 import EOS_ID, encode_bytes
+from hf_latephase.ensemble import evaluation_mode
 
 
 # (input_ids [B, T], state of the chunk before or None) -> (log probabilities [B, T, V], state for the chunk after)
@@ -130,7 +130,7 @@ def score_bytes(
 
     nll_nats, num_characters, state = 0.0, 0, None
     with (
-        _evaluating(model),
+        evaluation_mode(model),
         torch.inference_mode(),
         tqdm(total=len(symbols), desc="Scoring", unit="byte", disable=disable_tqdm) as progress,
     ):
@@ -293,15 +293,3 @@ def _gather(symbols: np.ndarray, positions: np.ndarray, start_id: int) -> tuple[
 
 def _encoded(symbols: np.ndarray) -> np.ndarray:
     return encode_bytes(symbols) if symbols.dtype == np.uint8 else symbols.astype(np.int64)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has its own mode back, frozen layers included."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -14,8 +14,8 @@ from report import Result, markdown_table
 from run_enwik8 import (
     METHODS,
     DataArguments,
+    LanguageModelArguments,
     MethodArguments,
-    ModelArguments,
     build_config,
     load_splits,
     main,
@@ -39,7 +39,7 @@ from hf_latephase.data import BYTE_VOCAB_SIZE, ByteWindows, encode_bytes
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 KINDS = ("enwik8_*", "benchmark_lstm", "benchmark_gpt2")
 RECIPES = sorted(path for kind in KINDS for path in (EXAMPLES / "recipes").glob(f"{kind}.yaml"))
-TYPES = (ModelArguments, DataArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
+TYPES = (LanguageModelArguments, DataArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
 TINY_LSTM = '{"embedding_size": 6, "hidden_size": 8}'
 TINY_TRANSFORMER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -184,7 +184,7 @@ def test_bad_data_files_are_refused(flags, tmp_path):
 
 def test_the_controls_are_late_phase_configs_with_one_member():
     config = LatePhaseConfig(num_members=5, swa_start=0.7, init_noise=0.1, base_gradient_scale=0.5)
-    model_config = build_config(ModelArguments(), window=8)
+    model_config = build_config(LanguageModelArguments(), window=8)
     configs = method_configs(config, ["base", "late_phase", "accumulation", "one_member"], model_config)
     assert list(configs) == ["base", "late_phase", "accumulation", "one_member"]
     assert configs["late_phase"] == config
@@ -197,7 +197,7 @@ def test_the_controls_are_late_phase_configs_with_one_member():
 
 
 def test_accumulation_steps_as_often_as_late_phase():
-    model_config = build_config(ModelArguments(), window=8)
+    model_config = build_config(LanguageModelArguments(), window=8)
 
     def length(**settings):
         config = LatePhaseConfig(num_members=5, **settings)
@@ -210,7 +210,9 @@ def test_accumulation_steps_as_often_as_late_phase():
 def byte_trainer(tmp_path, config, windows, trainer_class=ByteTrainer, model_type="lstm", **kwargs):
     settings = json.loads(TINY_LSTM) if model_type == "lstm" else TINY_TRANSFORMER
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(build_config(ModelArguments(model_type, settings), windows.window))
+    model = AutoModelForCausalLM.from_config(
+        build_config(LanguageModelArguments(model_type, settings), windows.window)
+    )
     args = TrainingArguments(
         str(tmp_path), max_steps=10, learning_rate=0.1, per_device_train_batch_size=4, save_strategy="no",
         lr_scheduler_type="constant", weight_decay=0.1, use_cpu=True, disable_tqdm=True, logging_steps=1,
@@ -232,7 +234,7 @@ def windows(text):
 @pytest.mark.parametrize("model_type", ["lstm", "gpt2", "llama"])
 def test_base_is_plain_training_to_the_bit(model_type, windows, tmp_path):
     config = LatePhaseConfig(num_members=3, swa_start=0.6)
-    base = method_configs(config, ["base"], build_config(ModelArguments(model_type), 16))["base"]
+    base = method_configs(config, ["base"], build_config(LanguageModelArguments(model_type), 16))["base"]
     trainer = byte_trainer(tmp_path, base, windows, model_type=model_type)
     trainer.train()  # before the other is made: a trainer seeds when it is constructed
     plain = byte_trainer(tmp_path, None, windows, Trainer, model_type)
@@ -255,7 +257,7 @@ def test_the_rate_decays_linearly_from_t0(windows, tmp_path):
 @pytest.mark.parametrize("model_type", ["lstm", "gpt2"])
 def test_a_sample_has_its_length_whatever_the_positions(model_type):
     settings = json.loads(TINY_LSTM) if model_type == "lstm" else TINY_TRANSFORMER
-    model = AutoModelForCausalLM.from_config(build_config(ModelArguments(model_type, settings), window=10))
+    model = AutoModelForCausalLM.from_config(build_config(LanguageModelArguments(model_type, settings), window=10))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # every id equally likely, the end of text too
@@ -275,7 +277,7 @@ def test_max_bytes_keeps_the_proportions(text):
 
 
 def test_a_saved_model_that_differs_is_noticed(tmp_path):
-    config = build_config(ModelArguments(model_config=json.loads(TINY_LSTM)), window=8)
+    config = build_config(LanguageModelArguments(model_config=json.loads(TINY_LSTM)), window=8)
     model, other = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     assert reload_and_check(str(tmp_path), model, b"text")[1] == 0

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runs import EXAMPLES, README, Run, environment, markdown, put_into_readme, run_all, spread
+from runs import EXAMPLES, Run, environment, markdown, run_all, spread, write_figures
 from transformers import HfArgumentParser
 
 
@@ -95,12 +95,7 @@ def main() -> None:
     runs = [make_run(arguments, model, schedule, seed) for seed, model, schedule in settings]
     run_all(runs, arguments.workers)
     figures = collect(runs)
-    RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    text = table(figures["runs"])
-    RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
-    readme = README.read_text(encoding="utf-8")
-    README.write_text(put_into_readme(readme, "language_models", text), encoding="utf-8")
-    print(text)
+    write_figures(__file__, figures, table(figures["runs"]))
 
 
 if __name__ == "__main__":

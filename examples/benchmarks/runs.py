@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -89,3 +90,12 @@ def put_into_readme(readme: str, mark: str, text: str) -> str:
     if not found:
         raise ValueError(f"README.md has no line {begin.strip()!r}, after which the table should go.")
     return before + begin + text + end + rest.partition(end)[2]
+
+
+def write_figures(script: str, figures: dict[str, Any], text: str) -> None:
+    """Writes a benchmark's figures and table beside its script, and the table into the README."""
+    path = Path(script)
+    path.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    README.write_text(put_into_readme(README.read_text(encoding="utf-8"), path.stem, text), encoding="utf-8")
+    print(text)

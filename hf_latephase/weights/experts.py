@@ -1,4 +1,4 @@
-"""Rank-1 late-phase weights of mixtures of experts, whose weights lie stacked in one tensor: each expert has its own."""
+"""Rank-1 late-phase weights of mixtures of experts, stacked in one tensor: factors for each expert."""
 
 from __future__ import annotations
 
