@@ -39,7 +39,7 @@ def test_every_language_model_ran_with_every_seed() -> None:
     assert set(map(frozenset, seeds.values())) == {frozenset({0, 1, 2})}
 
 
-def test_every_image_classifier_ran_with_every_seed() -> None:
+def test_every_image_classifier_ran_with_its_seeds() -> None:
     seeds: dict[str, set[int]] = {}
     for r in figures(image_classifiers):
         seeds.setdefault(r["method"], set()).add(r["seed"])

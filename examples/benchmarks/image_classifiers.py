@@ -73,6 +73,8 @@ def collect(runs: list[Run]) -> dict[str, Any]:
             continue
         report = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
         for result in report["results"]:
+            if result["method"] == "base" and result["variant"]:
+                continue  # is swa
             name = ", ".join(filter(None, (result["method"], result["variant"])))
             outside = {f"OOD {key}": value for key, value in result["ood_auroc"].items()}
             record = run.labels | {"method": name, "minutes": result["minutes"]} | result["scores"]["test"] | outside
