@@ -1,6 +1,7 @@
 """One process of the distributed tests: trains a tiny model as told by JSON and lets rank 0 write what came out."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,11 @@ def main() -> None:
     torch.set_num_threads(1)
     train(json.loads(Path(sys.argv[1]).read_text()))
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+        # gloo's threads in torch 2.14 now and then abort the interpreter while it shuts down, all work being done.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,13 @@ def start(folder: Path) -> int:
     return child
 
 
+def _any(folder: Path, pattern: str) -> bool:
+    try:
+        return any(folder.glob(pattern))
+    except FileNotFoundError:  # a folder went away while it was read
+        return False
+
+
 def wait_for_moment(run: Path, dice: random.Random, kind: str, duration: float) -> None:
     """Returns at the moment to kill: any, or while a step is saved, an old one deleted or a new one uploaded."""
     if kind == "any":
@@ -109,7 +116,7 @@ def wait_for_moment(run: Path, dice: random.Random, kind: str, duration: float) 
     step, deadline = dice.randrange(3, STEPS), time.monotonic() + 60
     while time.monotonic() < deadline:
         last = get_last_checkpoint(run) if run.is_dir() else None
-        if last is not None and int(last.rpartition("-")[2]) >= step - 1 and any(run.parent.glob(signs[kind])):
+        if last is not None and int(last.rpartition("-")[2]) >= step - 1 and _any(run.parent, signs[kind]):
             break
     # A save takes some hundredths of a second, of which every part should be hit.
     time.sleep(dice.uniform(0, 0.02) if kind == "save" else 0)

@@ -25,6 +25,8 @@ CONTRACT = {
     "swa_start": None,
     "swa_every": None,
     "ema_decay": None,
+    "member_weight_decay": None,
+    "batch_norm_statistics": "running",
 }
 EVERYTHING = {
     "num_members": 4,
@@ -39,6 +41,8 @@ EVERYTHING = {
     "swa_start": 0.7,
     "swa_every": 3.0,
     "ema_decay": None,
+    "member_weight_decay": 0.005,
+    "batch_norm_statistics": "recomputed",
 }
 
 

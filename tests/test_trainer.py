@@ -301,7 +301,7 @@ def test_saved_model_is_stock(tmp_path, name: str, weights: list[str], swa_start
     run.save_model(tmp_path / "saved")
     ids = Text(3).ids
     model.eval()
-    with run._time_averaged(), run.late_phase.averaged(), torch.no_grad():
+    with run._averaged_view.applied(), run.late_phase.averaged(), torch.no_grad():
         expected = model(ids).logits
     (tmp_path / "reload.py").write_text(textwrap.dedent(RELOAD))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
