@@ -112,6 +112,10 @@ def find_output_layer(model: nn.Module) -> str | None:
     return linear
 
 
+def _is_output(name: str, output_layer: str | None) -> bool:
+    return output_layer is not None and (name == output_layer or name.startswith(f"{output_layer}."))
+
+
 def _patterns(config: LatePhaseConfig) -> list[str]:
     if config.target_modules in (None, ["all-linear"]):
         return []
@@ -133,7 +137,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _candidates(family: str, modules: dict[str, nn.Module], output_layer: str | None) -> list[str]:
     if family == "head":
-        return [output_layer] if output_layer is not None else []
+        # Some models have one output layer a codebook, in a list.
+        return [name for name, m in modules.items() if _is_output(name, output_layer) and replicated.eligible(m)]
     return [name for name, module in modules.items() if family_module(family, module).eligible(module)]
 
 
@@ -143,7 +148,8 @@ def _choose(family: str, names: list[str], patterns: list[str], output_layer: st
     if by_pattern:
         return {name: f"target_modules {by_pattern[name]!r}" for name in names if name in by_pattern}
     if family in ("rank1", "hypernet"):
-        return {name: "all linear-like layers but the output layer" for name in names if name != output_layer}
+        rule = "all linear-like layers but the output layer"
+        return {name: rule for name in names if not _is_output(name, output_layer)}
     return dict.fromkeys(names, f"every {family} layer" if family != "head" else "output layer")
 
 
@@ -158,7 +164,7 @@ def _drop_excluded(names: list[str], config: LatePhaseConfig, modules: dict[str,
 def _refuse_parametrized(
     family: str, modules: dict[str, nn.Module], patterns: list[str], excluded: list[str], output_layer: str | None
 ) -> None:
-    """Refuses layers whose weights something else computes: they hold no parameter that could be replicated."""
+    """Refuses layers asked for whose weights something else computes: they hold no parameter to replicate."""
     for name, module in modules.items():
         if not parametrize.is_parametrized(module) or any(_matches(pattern, name) for pattern in excluded):
             continue
@@ -172,7 +178,8 @@ def _refuse_parametrized(
                 "hypernet": hypernet.LAYERS,
                 "full": (nn.Module,),
             }
-            chosen = any(_matches(pattern, name) for pattern in patterns) if patterns else name != output_layer
+            # A default leaves such a layer out, as it does tied ones.
+            chosen = any(_matches(pattern, name) for pattern in patterns)
             candidate = isinstance(module, kinds[family]) and (chosen or family == "full")
         if ours or candidate:
             raise ValueError(
