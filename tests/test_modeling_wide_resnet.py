@@ -1,14 +1,18 @@
 """The wide residual network: its numbers against a plain recomputation, saving, and the two trainers."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from image_models import (
+    check_loads_without_the_library,
+    check_missing_weights,
+    check_new_output_layer,
+    check_reload_is_exact,
+    random_images,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 
@@ -33,10 +37,6 @@ def build(**overrides: Any) -> WideResNetForImageClassification:
                 module.running_var.uniform_(0.5, 1.5)
         model.classifier.bias.normal_()
     return model
-
-
-def random_images(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -298,73 +298,20 @@ def test_compiles_as_one_graph(training: bool, backend: str) -> None:
 
 def test_reload_is_exact(tmp_path: Path) -> None:
     model = build(dropout=0.1)
-    model.save_pretrained(tmp_path)
-    again, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(again) is WideResNetForImageClassification
-    assert {name: list(keys) for name, keys in info.items() if keys} == {}
-    for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
-    images = random_images(2, 3, 8, 8)
-    assert torch.equal(again(images).logits, model(images).logits)
+    assert type(model) is WideResNetForImageClassification
+    check_reload_is_exact(model, tmp_path)
 
 
 def test_missing_weights_are_initialised_and_their_neighbours_kept(tmp_path: Path) -> None:
-    model = build()
-    missing = {"stages.1.0.bn2.weight", "bn.running_mean", "bn.running_var", "stages.1.0.conv1.weight"}
-    state_dict = {name: value for name, value in model.state_dict().items() if name not in missing}
-    model.save_pretrained(tmp_path, state_dict=dict(state_dict))  # a copy, for it is emptied
-    again, info = WideResNetForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == missing
-    found = again.state_dict()
-    assert (found["stages.1.0.bn2.weight"] == 1).all() and (found["bn.running_var"] == 1).all()
-    assert (found["bn.running_mean"] == 0).all()
-    convolution = found["stages.1.0.conv1.weight"]
-    fan_out = convolution.shape[0] * 9
-    assert convolution.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
-    for name, value in state_dict.items():
-        assert torch.equal(found[name], value), name
+    check_missing_weights(build(), tmp_path, "stages.1.0.bn2.weight", "stages.1.0.conv1.weight")
 
 
 def test_another_number_of_classes_makes_a_new_output_layer_only(tmp_path: Path) -> None:
-    model = build()
-    model.save_pretrained(tmp_path)
-    again = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
-    assert again(random_images(2, 3, 8, 8)).logits.shape == (2, 7)
-    bound = 64**-0.5
-    assert 0.9 * bound < again.classifier.weight.abs().max() <= bound and (again.classifier.bias == 0).all()
-    for name, value in model.state_dict().items():
-        if not name.startswith("classifier"):
-            assert torch.equal(again.state_dict()[name], value), name
-
-
-LOAD_WITHOUT_THE_LIBRARY = """
-import sys
-sys.modules["hf_latephase"] = None  # importing it raises
-import torch
-from transformers import AutoModelForImageClassification
-
-model, info = AutoModelForImageClassification.from_pretrained(
-    "model", trust_remote_code=True, output_loading_info=True
-)
-assert not any(info.values()), info
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-torch.save(model(torch.load("images.pt")).logits, "logits.pt")
-"""
+    check_new_output_layer(build(), tmp_path, features=64)
 
 
 def test_the_folder_loads_where_the_library_is_absent(tmp_path: Path) -> None:
-    images = random_images(2, 3, 8, 8)
-    torch.save(images, tmp_path / "images.pt")
-    model = build()
-    model.save_pretrained(tmp_path / "model")
-    assert (tmp_path / "model" / "modeling_wide_resnet.py").is_file()
-
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-I", "-c", LOAD_WITHOUT_THE_LIBRARY]
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(images).logits, rtol=0, atol=1e-12)
+    check_loads_without_the_library(build(), tmp_path, "modeling_wide_resnet.py")
 
 
 # -------------------------------------------------------------------------------------------------------- trainers

@@ -11,14 +11,12 @@ made from them to `image_classifiers.md` beside it and into the README.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runs import EXAMPLES, Run, environment, markdown, run_all, spread, write_figures
+from runs import EXAMPLES, Run, collect, markdown, run_all, spread, write_figures
 from transformers import HfArgumentParser
 
 
@@ -65,22 +63,16 @@ def make_run(arguments: BenchmarkArguments, methods: tuple[str, ...], seed: int)
     return Run(folder, "run_cifar.py", [str(RECIPE), *flags], {"seed": seed})
 
 
-def collect(runs: list[Run]) -> dict[str, Any]:
-    """The figures of all finished runs."""
-    records, versions = [], {}
-    for run in runs:
-        if not run.is_finished:
-            continue
-        report = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        for result in report["results"]:
-            if result["method"] == "base" and result["variant"]:
-                continue  # is swa
-            name = ", ".join(filter(None, (result["method"], result["variant"])))
-            outside = {f"OOD {key}": value for key, value in result["ood_auroc"].items()}
-            record = run.labels | {"method": name, "minutes": result["minutes"]} | result["scores"]["test"] | outside
-            records.append(record)
-        versions = {name: report["settings"][name] for name in ("torch", "torchvision", "transformers")}
-    return {"command": " ".join(["python", *sys.argv]), "environment": environment() | versions, "runs": records}
+def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is recorded of a run."""
+    records = []
+    for result in report["results"]:
+        if result["method"] == "base" and result["variant"]:
+            continue  # is swa
+        name = ", ".join(filter(None, (result["method"], result["variant"])))
+        outside = {f"OOD {key}": value for key, value in result["ood_auroc"].items()}
+        records.append({"method": name, "minutes": result["minutes"]} | result["scores"]["test"] | outside)
+    return records
 
 
 def rows(records: list[dict[str, Any]]) -> Iterator[list[str]]:
@@ -112,7 +104,7 @@ def main() -> None:
         # First, since it takes the longest.
         runs.insert(0, make_run(arguments, ("deep_ensemble",), arguments.seeds[0]))
     run_all(runs, arguments.workers)
-    figures = collect(runs)
+    figures = collect(runs, records_of, ("torch", "torchvision", "transformers"))
     write_figures(__file__, figures, table(figures["runs"]))
 
 

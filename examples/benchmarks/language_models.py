@@ -12,14 +12,12 @@ the README.
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runs import EXAMPLES, Run, environment, markdown, run_all, spread, write_figures
+from runs import EXAMPLES, Run, collect, markdown, run_all, spread, write_figures
 from transformers import HfArgumentParser
 
 
@@ -54,17 +52,12 @@ def make_run(arguments: BenchmarkArguments, model: str, schedule: str, seed: int
     )
 
 
-def collect(runs: list[Run]) -> dict[str, Any]:
-    """The figures of all finished runs."""
-    records, versions = [], {}
-    for run in runs:
-        if not run.is_finished:
-            continue
-        report = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        names = ("method", "minutes", "scores", "averaged_scores")
-        records += [run.labels | {name: result[name] for name in names} for result in report["results"]]
-        versions = {name: report["settings"][name] for name in ("torch", "transformers")}
-    return {"command": " ".join(["python", *sys.argv]), "environment": environment() | versions, "runs": records}
+def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is recorded of a run."""
+    return [
+        {name: result[name] for name in ("method", "minutes", "scores", "averaged_scores")}
+        for result in report["results"]
+    ]
 
 
 def rows(records: list[dict[str, Any]]) -> Iterator[list[str]]:
@@ -94,7 +87,7 @@ def main() -> None:
     settings = itertools.product(arguments.seeds, arguments.models, SCHEDULES)
     runs = [make_run(arguments, model, schedule, seed) for seed, model, schedule in settings]
     run_all(runs, arguments.workers)
-    figures = collect(runs)
+    figures = collect(runs, records_of, ("torch", "transformers"))
     write_figures(__file__, figures, table(figures["runs"]))
 
 

@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,30 @@ def run_all(runs: Sequence[Run], workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         for _ in tqdm(pool.map(Run.start, runs), total=len(runs), desc="Runs"):
             pass
+
+
+def collect(
+    runs: Sequence[Run], records_of: Callable[[dict[str, Any]], list[dict[str, Any]]], libraries: Sequence[str]
+) -> dict[str, Any]:
+    """
+    The figures of all finished runs.
+
+    Args:
+        runs (`Sequence[Run]`):
+            The runs.
+        records_of (`Callable[[dict[str, Any]], list[dict[str, Any]]]`):
+            Picks what is recorded out of a run's `results.json`; the run's labels are added.
+        libraries (`Sequence[str]`):
+            Whose versions, from the settings of the last run, are recorded.
+    """
+    records, versions = [], {}
+    for run in runs:
+        if not run.is_finished:
+            continue
+        report = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        records += [run.labels | record for record in records_of(report)]
+        versions = {name: report["settings"][name] for name in libraries}
+    return {"command": " ".join(["python", *sys.argv]), "environment": environment() | versions, "runs": records}
 
 
 def environment() -> dict[str, Any]:
