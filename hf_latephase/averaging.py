@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -77,7 +78,13 @@ class WeightAverage:
     def tensors(self) -> dict[str, Tensor]:
         """Returns the model's own tensors that are averaged, by name."""
         trained = {name: p for name, p in named_parameters(self.model).items() if p.requires_grad}
-        return trained | batch_norm_statistics(self.model)
+        own = dict(self.model.named_buffers()) if self._statistics else {}
+        return trained | {name: own[name] for name in self._statistics}
+
+    @functools.cached_property
+    def _statistics(self) -> list[str]:
+        # Kept: a walk over all modules costs as much as the average itself.
+        return list(batch_norm_statistics(self.model))
 
 
 def batch_norm_statistics(model: nn.Module) -> dict[str, Tensor]:

@@ -177,12 +177,13 @@ class LatePhase:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Context in which the model computes with the average of the members."""
-        mode, index = self.members.mode, self.members.index
+        mode, member = self.members.mode, self.members.member
         self.activate(None)
         try:
             yield
         finally:
-            self.members.mode, self.members.index = mode, index
+            self.activate(member)
+            self.members.mode = mode
 
     @torch.no_grad()
     def release(self, generator: torch.Generator | None = None) -> None:

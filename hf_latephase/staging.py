@@ -43,7 +43,7 @@ class Staging:
         """
         Context in which the parent writes one checkpoint, its run folder being `staging_folder(run_dir)`.
 
-        Then the checkpoint takes its place, is pushed, and only then older ones go.
+        Then the checkpoint takes its place, older ones go, and it is pushed.
         """
         trainer, state, args = self._trainer, self._trainer.state, self._trainer.args
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -64,11 +64,12 @@ class Staging:
             if args.should_save:
                 state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
         self._publish(staged, folder)
-        if args.push_to_hub:
-            trainer._push_from_checkpoint(folder)
         if args.should_save:
             rotate(run_dir, args.save_total_limit, state.best_model_checkpoint)
         self.clear(run_dir)
+        if args.push_to_hub:
+            # Last: the upload goes through the run's folder in the background, and fails if something vanishes there.
+            trainer._push_from_checkpoint(folder)
 
     def _publish(self, staged: str, folder: str) -> None:
         args, accelerator = self._trainer.args, self._trainer.accelerator

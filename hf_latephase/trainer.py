@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .late_phase import LatePhase
 from .member_evaluation import MemberEvaluation
 from .monitor import MemberMonitor
 from .optimizers import check_elementwise, group_apart, unwrapped
+from .publishing import Publishing, PublishingMixin
 from .resume import StateKeeper
 from .staging import Staging, keep_only, staging_folder
 from .stepping import Stepping
@@ -29,13 +30,8 @@ from .support import check_adapter, check_supported
 
 logger = logging.get_logger(__name__)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class LatePhaseMixin(_Base):
+class LatePhaseMixin(PublishingMixin):
     """
     Gives a [`~transformers.Trainer`] class late-phase weights: `class MyTrainer(LatePhaseMixin, Seq2SeqTrainer)`.
 
@@ -56,6 +52,10 @@ class LatePhaseMixin(_Base):
         late_phase_config ([`LatePhaseConfig`], *optional*):
             The settings; the defaults if left out. All other arguments are the parent's.
 
+    Attributes:
+        control_results (`dict[str, dict[str, float]]`):
+            Figures of controls by name, as their trainers' `evaluate()` returned them. The model card compares.
+
     Raises:
         `ValueError`: If the model, the arguments or the distributed backend cannot train these late-phase weights.
     """
@@ -69,7 +69,9 @@ class LatePhaseMixin(_Base):
 
     def __init__(self, *args: Any, late_phase_config: LatePhaseConfig | None = None, **kwargs: Any) -> None:
         self.late_phase_config = late_phase_config or LatePhaseConfig()
+        self.control_results: dict[str, dict[str, float]] = {}
         self._staging = Staging(self)
+        self._publishing = Publishing(self)
         super().__init__(*args, **kwargs)
         check_supported(self, self.late_phase_config)
         if self.model_init is None:
@@ -263,13 +265,10 @@ class LatePhaseMixin(_Base):
         with self._staging.checkpoint(self._get_output_dir(trial)):
             super()._save_checkpoint(model, trial)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging.is_writing:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            self._finish_current_push()
             keep_only(self._get_output_dir(trial), best)
         return super()._finalize_training(trial, *args, **kwargs)
 
@@ -343,3 +342,6 @@ class _LatePhaseCallback(TrainerCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._end_training()
+
+    def on_push_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._publishing.begin()

@@ -296,7 +296,7 @@ def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path) -> No
     assert run.state.best_model_checkpoint == str(tmp_path / "second" / "checkpoint-2")
 
 
-def test_what_is_pushed_is_whole_and_the_old_one_still_there(tmp_path, monkeypatch) -> None:
+def test_what_is_pushed_is_whole_and_nothing_goes_afterwards(tmp_path, monkeypatch) -> None:
     seen: list[tuple[str, list[str], list[str]]] = []
 
     class Hub:
@@ -317,7 +317,7 @@ def test_what_is_pushed_is_whole_and_the_old_one_still_there(tmp_path, monkeypat
     run.train()
     assert [(name, existing) for name, _, existing in seen] == [
         (".", ["checkpoint-2"]), ("checkpoint-2", ["checkpoint-2"]),
-        (".", ["checkpoint-2", "checkpoint-4"]), ("checkpoint-4", ["checkpoint-2", "checkpoint-4"]),
+        (".", ["checkpoint-4"]), ("checkpoint-4", ["checkpoint-4"]),
     ]  # fmt: skip
     assert sorted(seen[-1][1]) == sorted(os.listdir(tmp_path / "checkpoint-4"))
     assert checkpoints(tmp_path) == ["checkpoint-4"]

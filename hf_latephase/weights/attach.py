@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from . import batch_norm, hypernet
+from . import batch_norm, hypernet, rank1
 from .members import Members, members_of, plain_forward
 from .recurrent import RECURRENT_LAYERS, restore_cached_weights, use_effective_weights
 from .recurrent import sample_forward as recurrent_sample_forward
@@ -69,9 +69,12 @@ def attach(model: nn.Module, targets: list[Target], members: Members, by_sample:
             continue
         if isinstance(module, RECURRENT_LAYERS):
             use_effective_weights(module)
+        forward = plain_forward(module)
+        if family is rank1 and rank1.has_fused_call(module):
+            forward = type(module).forward = rank1.fused_forward  # type: ignore[method-assign]
         if by_sample:
             recurrent = isinstance(module, RECURRENT_LAYERS)
-            _deal_rows(module, recurrent_sample_forward if recurrent else family.sample_forward)
+            _deal_rows(module, forward, recurrent_sample_forward if recurrent else family.sample_forward)
     for group in templates:
         hypernet.share_templates([_parametrized(model, target) for target in targets if target.key in group])
     return attachments
@@ -161,13 +164,12 @@ def _template_groups(model: nn.Module, targets: list[Target]) -> list[list[str]]
     return hypernet.groups(weights)
 
 
-def _deal_rows(module: nn.Module, sample_forward: Callable[..., Any]) -> None:
-    """Gives the class that `parametrize` made for this one module a call for dealt rows."""
-    forward_before = plain_forward(module)
+def _deal_rows(module: nn.Module, member_forward: Callable[..., Any], sample_forward: Callable[..., Any]) -> None:
+    """Gives the class that `parametrize` made for this one module a call for dealt rows beside that for a member."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if members_of(self).mode != "sample":
-            return forward_before(self, *args, **kwargs)
+            return member_forward(self, *args, **kwargs)
         return sample_forward(self, *args, **kwargs)
 
     type(module).forward = forward  # type: ignore[method-assign]

@@ -70,9 +70,10 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _sample_forward(layer, *args, **kwargs)
     if members.mode == "average":
         return call_with(layer, plain_forward(layer), _averaged(layer), args, kwargs)
-    index = members.index
     stacks = {name: _member_statistics(tensor) for name, tensor in _tensors(layer).items() if name in STATISTICS}
-    values = {name: stack.index_select(0, index).squeeze(0) for name, stack in stacks.items()}
+    # Views, which the call updates in place, or copies to be written back.
+    views = {name: members.view(stack) for name, stack in stacks.items()}
+    values = {name: members.select(stack) if (view := views[name]) is None else view for name, stack in stacks.items()}
     forward = plain_forward(layer)
     if isinstance(layer, nn.SyncBatchNorm) and members.released and members.num_members > 1:
         # The processes run different members: each normalises by its own minibatch.
@@ -80,7 +81,8 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     output = call_with(layer, forward, values, args, kwargs)
     if layer.training:
         for name, stack in stacks.items():
-            stack.index_copy_(0, index, values[name].unsqueeze(0))
+            if views[name] is None:
+                stack.index_copy_(0, members.index, values[name].unsqueeze(0))
     return output
 
 

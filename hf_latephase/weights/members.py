@@ -28,6 +28,8 @@ class Members:
         # Before T0 only member 0 lives.
         self.released = False
         self.indices = torch.arange(num_members)
+        # The active member twice: a number for views, a tensor where a number would make a graph of its own for each.
+        self.member: int | None = 0
         self.index = self.indices[:1]
 
     def activate(self, member: int | None) -> None:
@@ -36,6 +38,7 @@ class Members:
             self.mode = "average"
         elif 0 <= member < self.num_members:
             self.mode = "member"
+            self.member = member
             self.index = self.indices[member : member + 1]
         else:
             raise ValueError(f"There is no member {member}: num_members={self.num_members}, counted from 0.")
@@ -57,9 +60,20 @@ class Members:
                 "rows: this model computes with the bare weight. Use member_assignment='minibatch', or name the layer "
                 "in exclude_modules."
             )
+        view = self.view(stack)
+        return stack.index_select(0, self.index.to(stack.device)).squeeze(0) if view is None else view
+
+    def view(self, stack: Tensor) -> Tensor | None:
+        """
+        Returns the active member's row of a stack `[K, ...]` as a view, which launches no kernel.
+
+        `None` in compiled and in batched calls (`run_each`), whose graph is one for all members.
+        """
         if self.num_members == 1:
             return stack.squeeze(0)
-        return stack.index_select(0, self.index.to(stack.device)).squeeze(0)
+        if torch.compiler.is_compiling() or self.member is None:
+            return None
+        return stack[self.member]
 
     def average(self, stack: Tensor) -> Tensor:
         """Returns the mean of the members, exact to the bit where they are equal; before T0 the shared value."""
@@ -95,18 +109,18 @@ class Members:
         leaves, structure = tree_flatten((args, kwargs))
         dealt = [self.deal(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         dims = tuple(0 if isinstance(leaf, Tensor) else None for leaf in leaves)
-        mode, index = self.mode, self.index
+        mode, active, index = self.mode, self.member, self.index
 
         def one(member: Tensor, *leaves: Any) -> Any:
             self.index = member.unsqueeze(0)
             args, kwargs = tree_unflatten(list(leaves), structure)
             return call(*args, **kwargs)
 
-        self.mode = "member"
+        self.mode, self.member = "member", None
         try:
             outputs = torch.vmap(one, in_dims=(0, *dims), randomness="different")(self.indices, *dealt)
         finally:
-            self.mode, self.index = mode, index
+            self.mode, self.member, self.index = mode, active, index
         return tree_map(lambda output: output.flatten(0, 1), outputs)
 
     def dealt_view(self, stack: Tensor, rows: Tensor, dim: int | None = None) -> Tensor:

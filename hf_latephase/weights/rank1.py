@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .members import Members, call_each, plain_forward
+from .rank1_functions import rank1_linear, rank1_product
 from .recurrent import RECURRENT_LAYERS
 
 
@@ -57,52 +56,6 @@ class Rank1(nn.Module):
         tensors["0.right"].fill_(1)
 
 
-class _Rank1Product(torch.autograd.Function):
-    """`weight * left * right` that keeps no weight-sized intermediate for the backward pass."""
-
-    @staticmethod
-    def forward(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return (weight * _columns(right, weight)).mul_(_rows(left, weight))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (grad,) = grads
-        weight, left, right = ctx.saved_tensors
-        grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_weight = (grad * _columns(right, grad)).mul_(_rows(left, grad))
-        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            return grad_weight, None, None
-        product = grad * weight
-        if product.ndim > left.ndim + 1:
-            product = product.flatten(left.ndim + 1).sum(-1)
-        return grad_weight, (product @ right.unsqueeze(-1)).squeeze(-1), (left.unsqueeze(-2) @ product).squeeze(-2)
-
-
-def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """
-    Returns `weight ∘ (left rightᵀ)`, of a weight `[n, m, ...]` and factors `[n]` and `[m]`.
-
-    Dimensions that all three begin with are a batch: `[E, n, m]`, `[E, n]` and `[E, m]`.
-    """
-    return _Rank1Product.apply(weight, left, right)
-
-
-def _rows(left: Tensor, like: Tensor) -> Tensor:
-    """Views left factors `[..., n]` so that they broadcast over a weight `[..., n, m, ...]`."""
-    return left.view(*left.shape, *[1] * (like.ndim - left.ndim))
-
-
-def _columns(right: Tensor, like: Tensor) -> Tensor:
-    """Views right factors `[..., m]` so that they broadcast over a weight `[..., n, m, ...]`."""
-    return right.unsqueeze(-2).view(*right.shape[:-1], 1, right.shape[-1], *[1] * (like.ndim - right.ndim - 1))
-
-
 def eligible(module: nn.Module) -> list[str]:
     """Names the tensors of `module` that rank-1 factors can multiply."""
     if not isinstance(module, LAYERS):
@@ -113,6 +66,26 @@ def eligible(module: nn.Module) -> list[str]:
 def parametrization(members: Members, tensor: Tensor) -> nn.Module:
     """Returns the parametrization of one tensor."""
     return Rank1(members, tensor)
+
+
+def has_fused_call(module: nn.Module) -> bool:
+    """Whether `fused_forward` computes what the layer does."""
+    return plain_forward(module) in (nn.Linear.forward, Conv1D.forward)
+
+
+def fused_forward(module: nn.Module, rows: Tensor) -> Tensor:
+    """
+    The call of `Linear` or `Conv1D` with the active member's factors, or the average's.
+
+    Unlike the layer's own call with the parametrized weight, it keeps no product from forward to backward pass.
+    """
+    layer: Any = module
+    parametrizations = layer.parametrizations["weight"]
+    weight, factors = parametrizations.original, parametrizations[0]
+    left, right = factors.members.select(factors.left), factors.members.select(factors.right)
+    if isinstance(module, Conv1D):
+        weight, left, right = weight.T, right, left
+    return rank1_linear(rows, weight, left, right, layer.bias)
 
 
 def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
