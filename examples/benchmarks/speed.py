@@ -1,0 +1,294 @@
+"""
+What late-phase training costs beside plain training: time, kernels, memory, checkpoints, attaching.
+
+    python examples/benchmarks/speed.py                       # everything, under ten minutes on two idle cores
+    python examples/benchmarks/speed.py --rows gpt2 lstm --write false
+    python examples/benchmarks/speed.py --device cuda
+
+Both sides are real trainers with the same model, data, batch and number of minibatches. They run in one process and
+take turns after every minibatch, so that whatever else the machine does falls on both. A side's time per minibatch is
+that of a whole cycle, ((K - 1) · median of the minibatches inside + median of the last ones, which step) / K; the
+figure is plain over late-phase (1.00: as fast; above: faster), its quartiles those of 1000 resamplings of the pairs.
+The first minibatches of a run are left out.
+
+Writes `speed.json` and `speed.md` beside this file and the table into the README.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from costs import attaching, checkpoint_sizes, count_kernels, peak_memory, sample_speedup
+from runs import environment, markdown, write_figures
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, TrainerCallback
+from workloads import Setting
+
+
+# With the throughput to reach, where the project has set one.
+ROWS: list[tuple[Setting, float | None]] = [
+    (Setting("gpt2 4x256", ("norm",)), 1.0),
+    (Setting("gpt2 4x256", ("norm",), one_step=False), 1.0),
+    (Setting("gpt2 4x256", ("rank1",)), 0.98),
+    (Setting("gpt2 4x256", ("rank1",), one_step=False), 1.0),
+    (Setting("gpt2 4x256", ("rank1", "norm")), None),
+    (Setting("gpt2 8x512", ("rank1",)), 0.98),
+    (Setting("gpt2 8x512", ("norm",)), 1.0),
+    (Setting("llama 4x256", ("rank1",)), 0.98),
+    (Setting("llama 4x256", ("norm",)), 1.0),
+    (Setting("lstm 500", ("rank1",)), 0.98),
+    (Setting("lstm 500", ("rank1",), one_step=False), 0.98),
+    (Setting("wrn 16-2", ("head", "norm")), 1.0),
+    (Setting("wrn 16-2", ("head", "norm"), one_step=False), 1.0),
+    (Setting("gpt2 2x128", ("rank1",), 2), None),
+    (Setting("gpt2 2x128", ("rank1",), 10), None),
+    (Setting("gpt2 2x128", ("rank1",), 64), None),
+    (Setting("gpt2 2x128", ("rank1", "norm"), 8, by_sample=True), None),
+]
+MANY_MEMBERS = (Setting("gpt2 4x256", ("rank1",), 64), Setting("gpt2 4x256", ("rank1",), 2))
+COUNTED = [
+    Setting("gpt2 2x128", ("norm",)),
+    Setting("gpt2 2x128", ("rank1",)),
+    Setting("gpt2 2x128, twice the tokens", ("rank1",)),
+    Setting("gpt2 2x256", ("rank1",)),
+    Setting("gpt2 4x128", ("rank1",)),
+    Setting("gpt2 2x128", ("rank1",), 64),
+    Setting("gpt2 2x128", ("rank1",), one_step=False),
+    Setting("wrn 16-2", ("head", "norm"), 2),
+]
+REMEMBERED = [
+    Setting("gpt2 4x256", ("norm",)),
+    Setting("gpt2 4x256", ("rank1",)),
+    Setting("gpt2 4x256", ("rank1",), one_step=False),
+]
+CYCLES, LEAST_PAIRS, WARM_UP = 3, 20, 3
+
+
+# ---- two trainers that take turns ----
+
+
+class Turns(TrainerCallback):
+    """Lets a trainer run one minibatch at a time, when told to, and times each."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._start = self._seconds = 0.0
+        self._stopping = False
+
+    def turn(self) -> float:
+        """Runs one minibatch and returns its seconds."""
+        self._go.release()
+        self._done.acquire()
+        return self._seconds
+
+    def stop(self) -> None:
+        """Lets the trainer end."""
+        self._stopping = True
+        self._go.release()
+
+    def _now(self) -> float:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _begin(self) -> None:
+        if not self._stopping:
+            self._go.acquire()
+        self._start = self._now()
+
+    def _end(self) -> None:
+        self._seconds = self._now() - self._start
+        self._done.release()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first minibatch of a step begins."""
+        self._begin()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A minibatch that only accumulates has ended, the next begins."""
+        self._end()
+        self._begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last minibatch of a step has ended."""
+        self._end()
+        control.should_training_stop = self._stopping
+
+
+@dataclass(frozen=True)
+class Side:
+    """What takes part in a comparison."""
+
+    setting: Setting
+    late: bool
+
+    def seconds(self, times: list[float], positions: list[int]) -> float:
+        """The seconds a minibatch takes over a cycle, from those of minibatches at known positions in one."""
+        length = self.setting.minibatches
+        inside = [t for t, position in zip(times, positions, strict=True) if position % length != length - 1]
+        last = [t for t, position in zip(times, positions, strict=True) if position % length == length - 1]
+        if not last or (length > 1 and not inside):
+            return math.nan
+        return ((length - 1) * statistics.median(inside or [0.0]) + statistics.median(last)) / length
+
+
+def compare(first: Side, second: Side, device: str) -> dict[str, Any]:
+    """The seconds of the first side over those of the second, per minibatch."""
+    sides, turns = (first, second), (Turns(device), Turns(device))
+    pairs = max(LEAST_PAIRS + WARM_UP, *(CYCLES * side.setting.minibatches for side in sides))
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [s.setting.trainer(s.late, folder, device, [t]) for s, t in zip(sides, turns, strict=True)]
+        threads = [threading.Thread(target=trainer.train, daemon=True) for trainer in trainers]
+        for thread in threads:
+            thread.start()
+        times: list[tuple[float, float]] = []
+        for pair in range(pairs):
+            if pair % 2:
+                later = turns[1].turn()
+                times.append((turns[0].turn(), later))
+            else:
+                times.append((turns[0].turn(), turns[1].turn()))
+        for turn, thread in zip(turns, threads, strict=True):
+            turn.stop()
+            thread.join()
+    del trainers
+    gc.collect()
+
+    def ratio(positions: list[int]) -> float:
+        seconds = [side.seconds([times[p][i] for p in positions], positions) for i, side in enumerate(sides)]
+        return seconds[0] / seconds[1]
+
+    measured = list(range(WARM_UP, pairs))
+    generator = random.Random(0)
+    drawn = [ratio(sorted(generator.choices(measured, k=len(measured)))) for _ in range(1000)]
+    lower, _, upper = statistics.quantiles([value for value in drawn if not math.isnan(value)], n=4)
+    milliseconds = 1000 * first.seconds([times[p][0] for p in measured], measured)
+    return {
+        "ratio": ratio(measured),
+        "quartiles": [lower, upper],
+        "pairs": len(measured),
+        "milliseconds": milliseconds,
+    }
+
+
+# ---- the report ----
+
+
+@dataclass
+class SpeedArguments:
+    """What is measured, and where."""
+
+    rows: list[str] | None = field(default=None, metadata={"help": "Only rows whose name contains one of these."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    write: bool = field(default=True, metadata={"help": "Whether to write the files and the README's table."})
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda, but torch sees no GPU. Use cpu.")
+        if self.rows is not None and self.write:
+            raise ValueError("A part of the rows is no record: add --write false.")
+
+
+def measure_rows(arguments: SpeedArguments) -> list[dict[str, Any]]:
+    """Plain over late-phase, row by row."""
+    records = []
+    for setting, goal in tqdm(ROWS, desc="Rows"):
+        if arguments.rows is None or any(part in setting.name for part in arguments.rows):
+            figures = compare(Side(setting, late=False), Side(setting, late=True), arguments.device)
+            records.append({"row": setting.name, "goal": goal} | figures)
+            tqdm.write(f"{setting.name}: {figures['ratio']:.3f} {figures['quartiles']}")
+    return records
+
+
+def measure_costs(arguments: SpeedArguments) -> dict[str, Any]:
+    """Everything but the rows."""
+    device = arguments.device
+    fewest, most = (Side(setting, late=True) for setting in reversed(MANY_MEMBERS))
+    memory = {}
+    for setting in tqdm(REMEMBERED, desc="Peak memory"):
+        late, plain = (peak_memory(setting, side, device) for side in (True, False))
+        memory[setting.name] = {"plain": plain, "late": late}
+    return {
+        "many_members": compare(most, fewest, device),
+        "memory_bytes": memory,
+        "kernels": [count_kernels(setting) for setting in tqdm(COUNTED, desc="Kernels")],
+        "attaching_seconds": attaching(device),
+        "sample_speedup": sample_speedup(LEAST_PAIRS, device),
+        "checkpoint_bytes": checkpoint_sizes(),
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures in Markdown."""
+    lines = []
+    for record in figures["rows"]:
+        goal = "–" if record["goal"] is None else f"≥ {record['goal']:.2f}"
+        lines.append([record["row"], _ratio(record), goal, f"{record['milliseconds']:.0f}"])
+    header = ["plain time over late-phase time", "ratio (quartiles)", "goal", "plain, ms a minibatch"]
+    text = markdown(header, 1, lines)
+    if "kernels" not in figures:
+        return text
+    sizes, speedup = figures["checkpoint_bytes"], figures["sample_speedup"]
+    others = [["time a minibatch, K=64 over K=2 (gpt2 4x256, rank1)", _ratio(figures["many_members"]), "≤ 1.03"]]
+    for name, memory in figures["memory_bytes"].items():
+        others.append([f"peak memory, {name}", f"{memory['late'] / memory['plain']:.3f}", "≤ 1.02"])
+    dealt = f"{speedup[1]:.2f} ({speedup[0]:.2f} to {speedup[2]:.2f})"
+    others.append(["8 passes over one by sample, 8 members × 4 rows × 64 tokens", dealt, "≥ 1.5"])
+    for name in ("late-phase", "late-phase, inside a cycle"):
+        others.append([f"checkpoint of {name}, rank1, K=10", f"{sizes[name] / sizes['plain']:.2f}", "≤ 1.6"])
+    for name, seconds in figures["attaching_seconds"].items():
+        others.append([f"{name}, gpt2 with 124 M parameters, K=10", f"{seconds:.2f} s", "< 1 s"])
+    text += "\n" + markdown(["late-phase over plain", "", "goal"], 1, others)
+    counts = []
+    for record in figures["kernels"]:
+        plain, late = record["plain_kernels"], record["late_kernels"]
+        traffic = f"{record['late_megabytes'] - record['plain_megabytes']:+.1f} of {record['plain_megabytes']:.0f}"
+        extra = f"{(late - plain) / record['tensors']:.1f}"
+        counts.append([record["setting"], str(record["tensors"]), f"{plain:.0f}", f"{late:.0f}", extra, traffic])
+    header = ["kernels and traffic a minibatch", "late-phase tensors", "plain", "late-phase", "more a tensor", "MB"]
+    return text + "\n" + markdown(header, 1, counts)
+
+
+def _ratio(record: dict[str, Any]) -> str:
+    lower, upper = record["quartiles"]
+    return f"{record['ratio']:.3f} ({lower:.3f} to {upper:.3f})"
+
+
+def main() -> None:
+    """Measures and writes."""
+    (arguments,) = HfArgumentParser(SpeedArguments).parse_args_into_dataclasses()
+    torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    figures = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": environment() | {"threads per run": arguments.threads, "device": arguments.device} | versions,
+        "rows": measure_rows(arguments),
+    }
+    if arguments.rows is None:
+        figures |= measure_costs(arguments)
+    if arguments.write:
+        write_figures(__file__, figures, table(figures))
+    else:
+        print(table(figures))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    main()
