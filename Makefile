@@ -4,8 +4,9 @@ TORCH ?= torch torchvision
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 
-.PHONY: venv demo test test-slow quality style
+.PHONY: venv demo test test-slow test-oldest quality style dist
 
 venv: $(STAMP)
 
@@ -26,6 +27,17 @@ test: venv
 test-slow: venv
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow
 
+# The oldest releases that setup.py admits, read from it; everything else as new as they allow. Chosen tests only:
+# make test-oldest TESTS="tests/test_config.py tests/test_trainer.py"
+$(OLDEST)/.installed: setup.py pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt torch torchvision -e ".[test]"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(TESTS)
+
 quality: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,3 +46,9 @@ quality: venv
 style: venv
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# What would be published. build/ is made anew: setuptools packs whatever an earlier build left there.
+dist: venv
+	rm -rf build dist
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/python -m twine check --strict dist/*

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .ensemble import MemberTable, ensemble_log_probs, negative_log_likelihood
@@ -94,5 +95,11 @@ class MemberEvaluation:
             logits = ensemble_log_probs(self._trainer.late_phase, logits_of_member)
         else:
             logits = logits_of_member()
-        loss = negative_log_likelihood(logits, labels, shift=self._trainer._loss_shifts_labels)
-        return loss, logits, labels
+        return negative_log_likelihood(logits, labels, shift=self._predicts_next_token()), logits, labels
+
+    def _predicts_next_token(self) -> bool:
+        """Whether position i predicts label i + 1, told by the class too: Trainer overlooks gpt2 and others."""
+        trainer = self._trainer
+        model = trainer.accelerator.unwrap_model(trainer.late_phase.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return trainer._loss_shifts_labels or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

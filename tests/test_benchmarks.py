@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import image_classifiers
 import language_models
 import pytest
+import speed
+from estimate import estimate
 from runs import README, put_into_readme
 
 
@@ -29,6 +32,23 @@ def test_tables_are_made_from_the_figures(name: str) -> None:
     assert readme == put_into_readme(readme, name, table)
     # A figure that is not the runs' would show.
     assert readme != put_into_readme(readme, name, table.replace("2", "3", 1))
+
+
+def test_speed_table_is_made_from_the_figures() -> None:
+    record = json.loads(Path(speed.__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    table = speed.table(record)
+    readme = README.read_text(encoding="utf-8")
+    assert readme == put_into_readme(readme, "speed", table)
+    assert {row["row"] for row in record["rows"][1:]} == {setting.name for setting, _ in speed.ROWS}
+    assert all(row["pairs"] >= speed.LEAST_PAIRS for row in record["rows"])
+
+
+def test_the_reckoning_of_a_large_model() -> None:
+    text = estimate()
+    readme = README.read_text(encoding="utf-8")
+    # What the README says of it.
+    assert "15.7 % eager, 6.5 % if fused" in text
+    assert "16 % in eager mode at\n4,096 tokens a GPU, 7 % if fused" in readme
 
 
 def test_every_language_model_ran_with_every_seed() -> None:

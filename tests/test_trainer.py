@@ -255,6 +255,18 @@ def test_evaluate_members(tmp_path) -> None:
     assert "eval_ensemble_loss" in run.state.log_history[-1]
 
 
+def test_evaluate_members_of_a_class_whose_loss_type_is_not_set(tmp_path) -> None:
+    model = gpt2()
+    model.loss_type = None  # as transformers makes it
+    run = trainer(tmp_path, model, LatePhaseConfig(num_members=2, weights=["norm"]))
+    assert not run._loss_shifts_labels
+    ids = Text(12, seed=2).ids
+    with torch.no_grad():
+        logits = run.model(ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert run.evaluate_members()["average"]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_logs_say_what_the_members_do(tmp_path) -> None:
     config = LatePhaseConfig(num_members=3, weights=["norm"], late_phase_start=3)
     run = trainer(tmp_path, gpt2(), config, max_steps=12, logging_steps=3, max_grad_norm=1.0)

@@ -159,7 +159,8 @@ def checkpoint_sizes() -> dict[str, int]:
     """Bytes of a checkpoint of plain Trainer and of rank-1 members, K = 10, at the end of a cycle and inside one."""
     setting = Setting("gpt2 4x256", ("rank1",), one_step=False)
     sizes = {}
-    for name, late, step in (("plain", False, 10), ("late-phase", True, 10), ("late-phase, inside a cycle", True, 5)):
+    # Not before the first cycle has ended: until then there is no optimizer state to save.
+    for name, late, step in (("plain", False, 10), ("late-phase", True, 10), ("late-phase, inside a cycle", True, 15)):
         with tempfile.TemporaryDirectory() as folder:
             trainer: Trainer = setting.trainer(late, folder, "cpu", [_SaveAndStop(step)])
             trainer.train()

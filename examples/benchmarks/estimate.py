@@ -37,7 +37,11 @@ def estimate() -> str:
         streams = (WEIGHT_STREAMS, FUSED_STREAMS) if family == "rank1" else (0, 0)
         eager, fused = (count * weights * COMPUTE_BYTES / BANDWIDTH / seconds for count in streams)
         rows += [
-            [family, "late-phase tensors; parameters of a member", f"{len(late_phase.targets)}; {stacks // MEMBERS:,}"],
+            [
+                family,
+                "late-phase tensors; parameters of a member",
+                f"{len(late_phase.targets)}; {stacks // MEMBERS:,}",
+            ],
             [family, "more sharded memory a GPU", f"{stacks * STATE_BYTES / GPUS / 2**20:.1f} MiB"],
             [family, "more gathered at a time, a block", f"{stacks * COMPUTE_BYTES / 32 / 2**20:.1f} MiB"],
             [family, "more communication", f"{100 * stacks / base:.2f} %"],

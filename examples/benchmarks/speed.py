@@ -6,10 +6,11 @@ What late-phase training costs beside plain training: time, kernels, memory, che
     python examples/benchmarks/speed.py --device cuda
 
 Both sides are real trainers with the same model, data, batch and number of minibatches. They run in one process and
-take turns after every minibatch, so that whatever else the machine does falls on both. A side's time per minibatch is
-that of a whole cycle, ((K - 1) · median of the minibatches inside + median of the last ones, which step) / K; the
-figure is plain over late-phase (1.00: as fast; above: faster), its quartiles those of 1000 resamplings of the pairs.
-The first minibatches of a run are left out.
+take turns after every minibatch, so that whatever else the machine does falls on both. The figure is plain time over
+late-phase time (1.00: as fast; above: faster) of a whole cycle, from the median ratio of the pairs inside cycles and
+that of the pairs that end one, which step; its quartiles are those of 1000 resamplings of the pairs. The first
+minibatches of a run are left out, and the C library is told to keep freed memory. The first row compares plain
+training with itself: what it is off by, the others may be.
 
 Writes `speed.json` and `speed.md` beside this file and the table into the README.
 """
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +47,6 @@ ROWS: list[tuple[Setting, float | None]] = [
     (Setting("gpt2 4x256", ("rank1",), one_step=False), 1.0),
     (Setting("gpt2 4x256", ("rank1", "norm")), None),
     (Setting("gpt2 8x512", ("rank1",)), 0.98),
-    (Setting("gpt2 8x512", ("norm",)), 1.0),
     (Setting("llama 4x256", ("rank1",)), 0.98),
     (Setting("llama 4x256", ("norm",)), 1.0),
     (Setting("lstm 500", ("rank1",)), 0.98),
@@ -57,7 +58,7 @@ ROWS: list[tuple[Setting, float | None]] = [
     (Setting("gpt2 2x128", ("rank1",), 64), None),
     (Setting("gpt2 2x128", ("rank1", "norm"), 8, by_sample=True), None),
 ]
-MANY_MEMBERS = (Setting("gpt2 4x256", ("rank1",), 64), Setting("gpt2 4x256", ("rank1",), 2))
+MANY_MEMBERS = (Setting("gpt2 2x128", ("rank1",), 64), Setting("gpt2 2x128", ("rank1",), 2))
 COUNTED = [
     Setting("gpt2 2x128", ("norm",)),
     Setting("gpt2 2x128", ("rank1",)),
@@ -73,7 +74,11 @@ REMEMBERED = [
     Setting("gpt2 4x256", ("rank1",)),
     Setting("gpt2 4x256", ("rank1",), one_step=False),
 ]
-CYCLES, LEAST_PAIRS, WARM_UP = 3, 20, 3
+WITH_ITSELF = "plain training with itself"
+CYCLES, LEAST_PAIRS, WARM_UP = 2, 20, 3
+# The C library gives freed memory back to the system, to fault it in again a moment later. PyTorch's allocator for
+# GPUs keeps it; so do both sides here.
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 
 
 # ---- two trainers that take turns ----
@@ -135,14 +140,9 @@ class Side:
     setting: Setting
     late: bool
 
-    def seconds(self, times: list[float], positions: list[int]) -> float:
-        """The seconds a minibatch takes over a cycle, from those of minibatches at known positions in one."""
-        length = self.setting.minibatches
-        inside = [t for t, position in zip(times, positions, strict=True) if position % length != length - 1]
-        last = [t for t, position in zip(times, positions, strict=True) if position % length == length - 1]
-        if not last or (length > 1 and not inside):
-            return math.nan
-        return ((length - 1) * statistics.median(inside or [0.0]) + statistics.median(last)) / length
+    def is_last(self, position: int) -> bool:
+        """Whether the minibatch at a position in training ends a cycle, and so steps everything."""
+        return (position + 1) % self.setting.minibatches == 0
 
 
 def compare(first: Side, second: Side, device: str) -> dict[str, Any]:
@@ -167,21 +167,31 @@ def compare(first: Side, second: Side, device: str) -> dict[str, Any]:
     del trainers
     gc.collect()
 
-    def ratio(positions: list[int]) -> float:
-        seconds = [side.seconds([times[p][i] for p in positions], positions) for i, side in enumerate(sides)]
-        return seconds[0] / seconds[1]
+    def kind(position: int) -> tuple[bool, bool]:
+        return first.is_last(position), second.is_last(position)
+
+    # What a pair is depends on who steps; how often each kind occurs, on the cycles.
+    period = math.lcm(first.setting.minibatches, second.setting.minibatches)
+    shares = {alike: count / period for alike, count in Counter(map(kind, range(period))).items()}
+
+    def ratio(positions: list[int]) -> tuple[float, float]:
+        """First over second, and the first's seconds a minibatch."""
+        seconds, others = 0.0, 0.0
+        for alike, share in shares.items():
+            own = [times[p] for p in positions if kind(p) == alike]
+            if not own:
+                return math.nan, math.nan
+            typical = share * statistics.median(time for time, _ in own)
+            seconds += typical
+            others += typical * statistics.median(other / time for time, other in own)
+        return seconds / others, seconds
 
     measured = list(range(WARM_UP, pairs))
     generator = random.Random(0)
-    drawn = [ratio(sorted(generator.choices(measured, k=len(measured)))) for _ in range(1000)]
+    drawn = [ratio(generator.choices(measured, k=len(measured)))[0] for _ in range(1000)]
     lower, _, upper = statistics.quantiles([value for value in drawn if not math.isnan(value)], n=4)
-    milliseconds = 1000 * first.seconds([times[p][0] for p in measured], measured)
-    return {
-        "ratio": ratio(measured),
-        "quartiles": [lower, upper],
-        "pairs": len(measured),
-        "milliseconds": milliseconds,
-    }
+    value, seconds = ratio(measured)
+    return {"ratio": value, "quartiles": [lower, upper], "pairs": len(measured), "milliseconds": 1000 * seconds}
 
 
 # ---- the report ----
@@ -208,6 +218,10 @@ class SpeedArguments:
 def measure_rows(arguments: SpeedArguments) -> list[dict[str, Any]]:
     """Plain over late-phase, row by row."""
     records = []
+    if arguments.rows is None:
+        plain = Side(ROWS[0][0], late=False)
+        null = compare(plain, plain, arguments.device)
+        records.append({"row": f"{WITH_ITSELF}, {plain.setting.workload}", "goal": None} | null)
     for setting, goal in tqdm(ROWS, desc="Rows"):
         if arguments.rows is None or any(part in setting.name for part in arguments.rows):
             figures = compare(Side(setting, late=False), Side(setting, late=True), arguments.device)
@@ -245,9 +259,10 @@ def table(figures: dict[str, Any]) -> str:
     if "kernels" not in figures:
         return text
     sizes, speedup = figures["checkpoint_bytes"], figures["sample_speedup"]
-    others = [["time a minibatch, K=64 over K=2 (gpt2 4x256, rank1)", _ratio(figures["many_members"]), "≤ 1.03"]]
+    others = [["time a minibatch, K=64 over K=2 (gpt2 2x128, rank1)", _ratio(figures["many_members"]), "≤ 1.03"]]
     for name, memory in figures["memory_bytes"].items():
-        others.append([f"peak memory, {name}", f"{memory['late'] / memory['plain']:.3f}", "≤ 1.02"])
+        goal = "≤ 1.02, and the gradients" if name.endswith("several steps") else "≤ 1.02"
+        others.append([f"peak memory, {name}", f"{memory['late'] / memory['plain']:.3f}", goal])
     dealt = f"{speedup[1]:.2f} ({speedup[0]:.2f} to {speedup[2]:.2f})"
     others.append(["8 passes over one by sample, 8 members × 4 rows × 64 tokens", dealt, "≥ 1.5"])
     for name in ("late-phase", "late-phase, inside a cycle"):
@@ -290,5 +305,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ | ALLOCATOR != os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)  # read as a process starts
     main()

@@ -96,6 +96,8 @@ def _factor_gradients(product: Tensor, left: Tensor, right: Tensor) -> tuple[Ten
     """The gradients of both factors from `grad ∘ weight`."""
     if product.ndim > left.ndim + 1:
         product = product.flatten(left.ndim + 1).sum(-1)
+    if left.ndim == 1:
+        return product @ right, left @ product
     return (product @ right.unsqueeze(-1)).squeeze(-1), (left.unsqueeze(-2) @ product).squeeze(-2)
 
 
