@@ -63,7 +63,9 @@ class LanguageModelArguments(ModelArguments):
 class DataArguments:
     """The text, and how it is cut up and scored."""
 
-    data_file: str | None = field(default=None, metadata={"help": "A local file, split 90/5/5; any bytes will do."})
+    data_file: str | None = field(
+        default=None, metadata={"help": "A local file, split 90/5/5; any bytes will do. Takes the place of dataset."}
+    )
     dataset: str | None = field(
         default=None,
         metadata={"help": "enwik8: downloaded and verified. Neither this nor data_file: Python's language reference."},
@@ -158,7 +160,9 @@ def method_configs(
 
 def load_splits(arguments: DataArguments) -> ByteSplits:
     """The text, cut to `max_bytes` in the proportions of its splits."""
-    splits = load_bytes(arguments.data_file, arguments.dataset, arguments.cache_dir)
+    # A flag must be able to replace what a recipe names.
+    dataset = arguments.dataset if arguments.data_file is None else None
+    splits = load_bytes(arguments.data_file, dataset, arguments.cache_dir)
     if arguments.max_bytes is None:
         return splits
     share = min(1.0, arguments.max_bytes / sum(map(len, splits)))

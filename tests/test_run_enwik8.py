@@ -171,6 +171,11 @@ def test_bad_input_is_refused_before_training(arguments, message, flags, tmp_pat
     assert not list(tmp_path.glob("out/**/*.safetensors"))
 
 
+def test_a_file_replaces_the_data_that_a_recipe_names(text):
+    """No download is tried."""
+    assert len(load_splits(DataArguments(data_file=str(text), dataset="enwik8")).train) < 10_000
+
+
 def test_bad_data_files_are_refused(flags, tmp_path):
     with pytest.raises(FileNotFoundError, match="no_such.txt does not exist"):
         main([*flags, "--data_file", str(tmp_path / "no_such.txt")])
