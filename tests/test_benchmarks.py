@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import flatness
 import image_classifiers
 import language_models
 import pytest
@@ -41,6 +42,14 @@ def test_speed_table_is_made_from_the_figures() -> None:
     assert readme == put_into_readme(readme, "speed", table)
     assert {row["row"] for row in record["rows"][1:]} == {setting.name for setting, _ in speed.ROWS}
     assert all(row["pairs"] >= speed.LEAST_PAIRS for row in record["rows"])
+
+
+def test_flatness_table_is_made_from_the_figures() -> None:
+    record = json.loads(Path(flatness.__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    results = [flatness.Flatness(**result) for result in record["results"]]
+    table = flatness.table(results, record["distances"]) + "\n"
+    readme = README.read_text(encoding="utf-8")
+    assert readme == put_into_readme(readme, "flatness", table)
 
 
 def test_the_reckoning_of_a_large_model() -> None:
