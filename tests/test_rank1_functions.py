@@ -20,20 +20,51 @@ N, M = 5, 7
 
 def inputs(transposed: bool = False, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 4, M), (M, N) if transposed else (N, M), (N,), (M,), (N,)]
-    rows, weight, *vectors = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
-    return [t.requires_grad_() for t in (rows, weight.T if transposed else weight, *vectors)]
+    stored = (M, N) if transposed else (N, M)
+    shapes = [(3, 4, M), stored, stored[:1], stored[1:], (N,)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def formula(rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(rows, weight * left.unsqueeze(1) * right, bias)
+def formula(
+    rows: Tensor,
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    product = weight * left.unsqueeze(1) * right
+    return F.linear(rows, product.T if transposed else product, bias)
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_linear_is_the_formula(transposed: bool) -> None:
-    given = inputs(transposed)
-    torch.testing.assert_close(rank1_linear(*given), formula(*given), atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(rank1_linear, given)
+def test_linear_is_the_formula(transposed: bool, with_bias: bool) -> None:
+    given = inputs(transposed) if with_bias else [*inputs(transposed)[:-1], None]
+    expected = formula(*given, transposed=transposed)
+    torch.testing.assert_close(rank1_linear(*given, transposed=transposed), expected, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda *given: rank1_linear(*given, transposed=transposed), given)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(M, N), nn.Linear(M, N, bias=False), Conv1D(N, M)], ids=str)
+def test_a_call_is_that_of_the_folded_layer_to_the_bit(layer: nn.Module) -> None:
+    model = nn.Sequential(copy.deepcopy(layer))
+    late_phase = LatePhase(
+        model, LatePhaseConfig(num_members=3, weights=["rank1"], target_modules=["0"], init_noise=0.5)
+    )
+    late_phase.release()
+    rows = torch.randn(4, 6, M)
+    late_phase.activate(None)
+    assert torch.equal(model(rows), late_phase.averaged_model()(rows))
+
+
+def test_what_a_layer_returns_can_be_changed_in_place() -> None:
+    """Some models mask hidden states that way."""
+    model = nn.Sequential(nn.Linear(M, N))
+    LatePhase(model, LatePhaseConfig(num_members=3, weights=["rank1"], target_modules=["0"]))
+    outputs = model(torch.randn(2, 3, M))
+    outputs[0] = 0
+    outputs.sum().backward()
 
 
 def test_linear_takes_one_row_and_no_bias() -> None:

@@ -83,9 +83,7 @@ def fused_forward(module: nn.Module, rows: Tensor) -> Tensor:
     parametrizations = layer.parametrizations["weight"]
     weight, factors = parametrizations.original, parametrizations[0]
     left, right = factors.members.select(factors.left), factors.members.select(factors.right)
-    if isinstance(module, Conv1D):
-        weight, left, right = weight.T, right, left
-    return rank1_linear(rows, weight, left, right, layer.bias)
+    return rank1_linear(rows, weight, left, right, layer.bias, transposed=isinstance(module, Conv1D))
 
 
 def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:

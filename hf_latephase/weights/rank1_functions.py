@@ -19,13 +19,22 @@ def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return _Rank1Product.apply(weight, left, right)
 
 
-def rank1_linear(rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def rank1_linear(
+    rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
     """
-    Returns `rows (weight ∘ (left rightᵀ))ᵀ + bias`, of rows `[..., m]`, a weight `[n, m]`, factors `[n]` and `[m]`.
+    Returns `rows productᵀ + bias`, of rows `[..., m]` and the rank-1 product of a weight `[n, m]`.
 
     The product is computed once more in the backward pass: kept, it would be a second copy of all weights.
+
+    Args:
+        transposed (`bool`, defaults to `False`):
+            Whether the weight is stored `[m, n]`, as in `Conv1D`; then it is `rows product + bias`.
     """
-    return _Rank1Linear.apply(rows, weight, left, right, bias)
+    # Views are taken outside: a view that a Function returns could not be changed in place, as some models do.
+    flat = rows.reshape(-1, rows.shape[-1])
+    outputs = _Rank1Linear.apply(flat, weight, left, right, bias, transposed)
+    return outputs if rows.ndim == 2 else outputs.view(*rows.shape[:-1], outputs.shape[-1])
 
 
 class _Rank1Product(torch.autograd.Function):
@@ -51,15 +60,20 @@ class _Rank1Product(torch.autograd.Function):
 
 
 class _Rank1Linear(torch.autograd.Function):
-    """A linear layer with a rank-1 product for its weight, of which nothing is kept."""
+    """A linear layer, of rows `[B, m]`, with a rank-1 product for its weight, of which nothing is kept."""
 
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(rows, _product(weight, left, right), bias)
+    def forward(
+        rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, transposed: bool
+    ) -> Tensor:
+        product = _product(weight, left, right)
+        if transposed and bias is not None:
+            return torch.addmm(bias, rows, product)  # as Conv1D, to the bit
+        return F.linear(rows, product.T if transposed else product, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        *kept, bias = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *kept, bias, ctx.transposed = inputs
         ctx.save_for_backward(*kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -67,25 +81,23 @@ class _Rank1Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, left, right = ctx.saved_tensors
-        for_rows, for_weight, for_left, for_right, for_bias = ctx.needs_input_grad
+        for_rows, for_weight, for_left, for_right, for_bias, _ = ctx.needs_input_grad
         # Under autocast the forward pass had its inputs in the dtype of the output.
-        dtype = grads[0].dtype
-        grad = grads[0].reshape(-1, weight.shape[0])
+        (grad,) = grads
         grad_rows = grad_weight = grad_left = grad_right = grad_bias = None
         if for_rows:
-            grad_rows = (grad @ _product(weight, left, right).to(dtype)).view(rows.shape).to(rows.dtype)
+            product = _product(weight, left, right).to(grad.dtype)
+            grad_rows = (grad @ (product.T if ctx.transposed else product)).to(rows.dtype)
         if for_bias:
             grad_bias = grad.sum(0).to(ctx.bias_dtype)
         if for_weight or for_left or for_right:
-            flat = rows.reshape(-1, weight.shape[1]).to(dtype)
-            # Laid out like the weight, so that it can become its gradient without a copy.
-            outer = grad.T @ flat if weight.is_contiguous() else (flat.T @ grad).T
-            outer = outer.to(weight.dtype)
+            rows = rows.to(grad.dtype)
+            outer = (rows.T @ grad if ctx.transposed else grad.T @ rows).to(weight.dtype)
             if for_left or for_right:
                 grad_left, grad_right = _factor_gradients(outer * weight, left, right)
             # In place: nobody else has seen it.
             grad_weight = outer.mul_(right).mul_(left.unsqueeze(-1)) if for_weight else None
-        return grad_rows, grad_weight, grad_left, grad_right, grad_bias
+        return grad_rows, grad_weight, grad_left, grad_right, grad_bias, None
 
 
 def _product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -97,7 +109,7 @@ def _factor_gradients(product: Tensor, left: Tensor, right: Tensor) -> tuple[Ten
     if product.ndim > left.ndim + 1:
         product = product.flatten(left.ndim + 1).sum(-1)
     if left.ndim == 1:
-        return product @ right, left @ product
+        return product @ right, product.T @ left
     return (product @ right.unsqueeze(-1)).squeeze(-1), (left.unsqueeze(-2) @ product).squeeze(-2)
 
 
