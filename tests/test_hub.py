@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import tiny
 import torch
 import transformers.utils.hub
 from hub_server import READ_TOKEN, TOKEN, USER, Failure, HubServer, running_hub
-from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub import CommitInfo, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http, httpx
 from safetensors.torch import load, load_file
@@ -173,6 +174,16 @@ def test_what_is_published_loads_in_a_process_without_the_library(hub: HubServer
         with torch.no_grad():
             expected = trainer.averaged_model().eval()(inputs[repos[f"{USER}/{name}"]]).logits
         torch.testing.assert_close(torch.load(tmp_path / f"{USER}-{name}.pt"), expected, rtol=0, atol=1e-5)
+
+
+def test_the_readme_publishes(hub: HubServer, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = [part for part in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "push_to_hub" in part]
+    base_trainer = SimpleNamespace(evaluate=lambda: {"eval_loss": 9.25})
+    exec(snippet, {"trainer": lstm_trainer(tmp_path / "run"), "base_trainer": base_trainer})
+    card = ModelCard(published(hub)["README.md"].decode())
+    assert {"mine", "late-phase-weights"} <= set(card.data.tags) and card.data.language == "en"
+    assert "on my corpus" in card.text and "| base | 9.25 |" in card.text
 
 
 # ---- while training ----
