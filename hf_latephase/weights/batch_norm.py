@@ -71,18 +71,15 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if members.mode == "average":
         return call_with(layer, plain_forward(layer), _averaged(layer), args, kwargs)
     stacks = {name: _member_statistics(tensor) for name, tensor in _tensors(layer).items() if name in STATISTICS}
-    # Views, which the call updates in place, or copies to be written back.
-    views = {name: members.view(stack) for name, stack in stacks.items()}
-    values = {name: members.select(stack) if (view := views[name]) is None else view for name, stack in stacks.items()}
+    values = {name: members.select(stack) for name, stack in stacks.items()}
     forward = plain_forward(layer)
     if isinstance(layer, nn.SyncBatchNorm) and members.released and members.num_members > 1:
         # The processes run different members: each normalises by its own minibatch.
         forward = _BatchNorm.forward
     output = call_with(layer, forward, values, args, kwargs)
-    if layer.training:
+    if layer.training and not members.yields_views:
         for name, stack in stacks.items():
-            if views[name] is None:
-                stack.index_copy_(0, members.index, values[name].unsqueeze(0))
+            stack.index_copy_(0, members.index, values[name].unsqueeze(0))
     return output
 
 

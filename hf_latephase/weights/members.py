@@ -60,20 +60,20 @@ class Members:
                 "rows: this model computes with the bare weight. Use member_assignment='minibatch', or name the layer "
                 "in exclude_modules."
             )
-        view = self.view(stack)
-        return stack.index_select(0, self.index.to(stack.device)).squeeze(0) if view is None else view
-
-    def view(self, stack: Tensor) -> Tensor | None:
-        """
-        Returns the active member's row of a stack `[K, ...]` as a view, which launches no kernel.
-
-        `None` in compiled and in batched calls (`run_each`), whose graph is one for all members.
-        """
         if self.num_members == 1:
             return stack.squeeze(0)
-        if torch.compiler.is_compiling() or self.member is None:
-            return None
-        return stack[self.member]
+        if self.yields_views:
+            return stack[self.member]
+        return stack.index_select(0, self.index.to(stack.device)).squeeze(0)
+
+    @property
+    def yields_views(self) -> bool:
+        """
+        Whether a member's value is a view of its row, which launches no kernel and can be updated in place.
+
+        Not in compiled and in batched calls (`run_each`), whose graph is one for all members.
+        """
+        return self.num_members == 1 or not (torch.compiler.is_compiling() or self.member is None)
 
     def average(self, stack: Tensor) -> Tensor:
         """Returns the mean of the members, exact to the bit where they are equal; before T0 the shared value."""
