@@ -254,7 +254,8 @@ def save_and_check(
     expected = trainer.predict_logits(model, probe)
     size = expected.abs().max().clamp_min(1)  # a model that diverged has logits beyond any absolute tolerance
     difference = ((trainer.predict_logits(reloaded, probe) - expected).abs().max() / size).item()
-    if not difference <= RELOAD_TOLERANCE:
+    # BatchNorm statistics of a model that is not replicated are each process's own; one of them is saved.
+    if trainer.args.should_save and not difference <= RELOAD_TOLERANCE:
         raise RuntimeError(f"The model saved in {folder} differs from the trained one: logits by {difference:.3g}.")
     return reloaded, difference
 

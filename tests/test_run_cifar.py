@@ -1,6 +1,7 @@
 """The comparison of image classifiers: its methods, its refusals, and whole runs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -313,6 +314,27 @@ def test_a_run_end_to_end(flags, folder, tmp_path, capsys):
     log_probs = combine_predictions([predict_logits(model, images.scored["test"], 8)])
     scores, _ = score({"test": log_probs}, {"test": images.labels["test"]}, is_ensemble=False)
     assert scores["test"] == pytest.approx(results[4]["scores"]["test"], abs=1e-6)
+
+
+def test_two_processes_train_and_one_reports(flags, folder, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(EXAMPLES / "run_cifar.py"), *flags, "--method", "base", "late_phase"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    assert run.returncode == 0, run.stderr[:6000]
+    out = tmp_path / "out"
+    report = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert report["settings"]["world_size"] == 2
+    assert run.stdout.count("== late_phase") == 1
+    rows = {(row["method"], row["variant"]): row["scores"]["test"] for row in report["results"]}
+    images = prepare_images(
+        load_images(str(folder), show_progress=False), ImageArguments(dataset=str(folder), image_size=8), 0, False
+    )
+    for method in ("base", "late_phase"):
+        model = AutoModelForImageClassification.from_pretrained(out / method).eval()
+        log_probs = combine_predictions([predict_logits(model, images.scored["test"], 8)])
+        scores, _ = score({"test": log_probs}, {"test": images.labels["test"]}, is_ensemble=False)
+        assert scores["test"] == pytest.approx(rows[method, "SWA"], abs=1e-6)
 
 
 def test_dropout_is_trained_once_for_both_of_its_methods(flags, tmp_path, capsys):

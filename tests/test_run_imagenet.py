@@ -1,6 +1,10 @@
 """Fine-tuning of pretrained classifiers: of transformers, timm and torchvision, before and after."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -84,6 +88,24 @@ def test_a_run_scores_before_and_after(flags, folder, pretrained, tmp_path):
     for row, path in ((0, pretrained), (1, tmp_path / "out" / "late_phase"), (3, tmp_path / "out" / "base")):
         assert results[row]["scores"]["test"]["nll"] == pytest.approx(nll(path), abs=1e-5)
     assert len({result["scores"]["test"]["nll"] for result in results}) == 4
+
+
+def test_two_processes_fine_tune_and_one_reports(flags, folder, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = Path(__file__).resolve().parents[1] / "examples" / "run_imagenet.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(script), *flags, "--method", "late_phase"]
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    report = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert report["settings"]["world_size"] == 2
+    assert run.stdout.count("== late_phase") == 1
+    images = prepare_images(load_images(str(folder), show_progress=False), ImageArguments(dataset=str(folder)), 0)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "late_phase").eval()
+    logits = predict_logits(model, images["test"], 8)
+    nll = torch.nn.functional.cross_entropy(logits, images["test"].labels).item()
+    (late,) = [r for r in report["results"] if (r["method"], r["variant"]) == ("late_phase", "")]
+    assert late["scores"]["test"]["nll"] == pytest.approx(nll, abs=1e-5)
 
 
 def test_the_watched_images_are_spread_over_the_split(folder):
