@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import shutil
+import subprocess
+import tarfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +17,7 @@ import image_classifiers
 import language_models
 import pytest
 import speed
+import texts
 from estimate import estimate
 from runs import README, put_into_readme
 
@@ -82,3 +88,53 @@ def test_every_image_classifier_ran_with_its_seeds() -> None:
 def test_a_readme_without_the_mark_is_refused() -> None:
     with pytest.raises(ValueError, match="has no line '<!-- here -->'"):
         put_into_readme("text", "here", "table")
+
+
+# ---- the larger text ----
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A source package in place of the real one, and a pip that copies it."""
+    archive = tmp_path / "pages-1.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, text in (
+            ("docs/b.txt", b"bee"),
+            ("docs/a.txt", b"ant"),
+            ("docs/c.rst", b"no"),
+            ("src/d.txt", b"no"),
+        ):
+            info = tarfile.TarInfo(f"pages-1/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+
+    def pip(command, **kwargs):
+        shutil.copy(archive, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(texts.subprocess, "run", pip)
+    return archive
+
+
+def test_the_larger_text_is_all_pages_and_verified(package, tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "text"
+    with pytest.raises(RuntimeError, match="not the text that the recorded figures are of"):
+        texts.write_text(path)
+    assert not path.parent.exists()
+    # Pages by the checksum of their names, whatever their order in the archive.
+    pages = {b"docs/a.txt": b"ant", b"docs/b.txt": b"bee"}
+    expected = b"\n".join(pages[name] for name in sorted(pages, key=lambda name: hashlib.sha256(name).digest()))
+    monkeypatch.setattr(texts, "SHA256", hashlib.sha256(expected).hexdigest())
+    texts.write_text(path)
+    assert path.read_bytes() == expected
+    # A text that is there is not fetched again.
+    monkeypatch.setattr(texts.subprocess, "run", None)
+    texts.write_text(path)
+
+
+def test_a_text_that_pip_cannot_fetch(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution")
+    monkeypatch.setattr(texts.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(RuntimeError, match="could not download Django.*no matching distribution.*--data_file"):
+        texts.write_text(tmp_path / "text")
+    assert not (tmp_path / "text").exists()

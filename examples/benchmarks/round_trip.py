@@ -162,6 +162,9 @@ class RoundTrip:
         trainer = self._trainer(model, config)
         trainer.train()
         if not trainer.late_phase.distance_from_mean() > 0:
+            if not reached(plain, inputs(self.kind, plain, 0), [target.key for target in trainer.late_phase.targets]):
+                row.result, row.cause = "no layer", "none that takes part in a forward pass on these inputs"
+                return
             raise WrongResult("the members do not differ")
         trainer.late_phase.activate(None)
         self._check_trained(model, before)
@@ -171,16 +174,16 @@ class RoundTrip:
         averaged = self._logits(model)
         trainer.late_phase.detach()
         check_same(model, plain, values=False)
-        if not torch.equal(self._logits(model), averaged):
+        if not nearly_equal(self._logits(model), averaged):
             raise WrongResult("the detached model computes something else")
 
     def _check_untrained(self, late_phase: LatePhase, plain: nn.Module, before: Tensor) -> None:
-        """Attaching, releasing and detaching change nothing, to the bit."""
+        """Attaching, releasing and detaching change no weight, and no logit but for its last bit."""
         model = late_phase.model
         late_phase.release()
         for member in (None, *range(MEMBERS)):
             late_phase.activate(member)
-            if not torch.equal(self._logits(model), before):
+            if not nearly_equal(self._logits(model), before):
                 raise WrongResult("attaching changed the logits")
         late_phase.detach()
         check_same(model, plain)
@@ -231,6 +234,25 @@ class RoundTrip:
         return logits(self.kind, model)
 
 
+def nearly_equal(left: Tensor, right: Tensor) -> bool:
+    """
+    Equality to a few units in the last place of the largest logit.
+
+    The same weights at another address can give another last bit, with matrix products as they are (seen with wavlm
+    and perceiver); `tests/` compare to the bit where they can.
+    """
+    return bool((left - right).abs().max() <= 4 * torch.finfo(left.dtype).eps * right.abs().max())
+
+
+def reached(model: nn.Module, batch: dict[str, Any], keys: list[str]) -> bool:
+    """Whether any of some parameters has a gradient."""
+    outputs = model(**batch)
+    loss = getattr(outputs, "loss", None)
+    (mean_square(outputs, None) if loss is None else loss).backward()
+    parameters = dict(model.named_parameters())
+    return any(parameters[key].grad is not None for key in keys)
+
+
 def mean_square(outputs: Any, labels: Any, **kwargs: Any) -> Tensor:
     """A loss for classes that return none."""
     return (outputs["logits"] if "logits" in outputs else outputs[0]).square().mean()
@@ -251,8 +273,8 @@ def has_layers(model: nn.Module, family: str) -> bool:
     """Whether late-phase weights of a family should be possible, by rules that know nothing of `hf_latephase`."""
     if family == "head":
         shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-        weights = [p for head in output_layers(model) for p in head.parameters(recurse=False) if p.ndim > 1]
-        return any(shared[id(p)] == 1 for p in weights)
+        # A bias can be tied as well as a weight.
+        return any(all(shared[id(p)] == 1 for p in head.parameters(recurse=False)) for head in output_layers(model))
     return all(missed(model, one, set()) for one in FAMILIES[family])
 
 

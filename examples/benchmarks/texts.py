@@ -3,7 +3,8 @@ A larger text for language models that pip can fetch by name: Django's documenta
 
     python examples/benchmarks/texts.py outputs/django.txt
 
-The source package is pinned, so that everyone's bytes are the same, and verified; nothing of it is kept in the repository.
+The source package is pinned, so that everyone's bytes are the same, and the text is verified; none of it is kept in
+the repository.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "convnextv2": {"hidden_sizes": _WIDTHS, "image_size": 64},
     "cvt": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
     "donut-swin": _SWIN,
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320, "initializer_range": 0.3},
     "esm": {"pad_token_id": 1, "mask_token_id": 2},
     "esmc": _NO_GROUPED_HEADS,
     "hgnet_v2": {
@@ -147,7 +147,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_sizes": [32, 48, 64], "key_dim": [8] * 3, "num_attention_heads": [2, 3, 4], "image_size": 64,
         "patch_size": 16,
     },
-    "mobilenet_v1": {"depth_multiplier": 0.25},
+    "mobilenet_v1": {"depth_multiplier": 0.25, "initializer_range": 0.3},
     "mobilevit": {
         "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 48], "image_size": 64,
         "patch_size": 2,
@@ -158,6 +158,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "poolformer": {"hidden_sizes": _WIDTHS},
     "pvt": {"hidden_sizes": [16, 32, 40, 64]},
     "pvt_v2": {"hidden_sizes": [16, 32, 40, 64]},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "regnet": {"embedding_size": 8, "hidden_sizes": _WIDTHS, "groups_width": 8},
     "resnet": {"embedding_size": 8, "hidden_sizes": _WIDTHS},
     "segformer": {"hidden_sizes": [8, 16, 40, 64]},
