@@ -1,10 +1,11 @@
-"""Byte-level language models in training and after it: curves, reloading, samples."""
+"""Language models in training and after it: curves, reloading, samples of bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
@@ -18,12 +19,12 @@ from hf_latephase.scoring import is_recurrent
 RELOAD_TOLERANCE = 1e-5
 
 
-class ByteTrainer(LatePhaseTrainer):
+class TextTrainer(LatePhaseTrainer):
     """
     [`LatePhaseTrainer`] that evaluates in bits per character.
 
-    Differs from the parent in that `evaluate` scores a text byte by byte, before and after averaging over time (SWA
-    or EMA), instead of the loss over windows; and in one more learning-rate schedule.
+    Differs from the parent in that `evaluate` scores a text symbol by symbol, before and after averaging over time
+    (SWA or EMA), instead of the loss over windows; and in one more learning-rate schedule.
 
     Args:
         score (`Callable[[nn.Module], float]`):
@@ -90,7 +91,7 @@ def sample_text(model: PreTrainedModel, prompt: bytes, num_bytes: int, seed: int
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in decode_ids(ids[0]))
 
 
-def reload_and_check(folder: str, model: PreTrainedModel, probe: bytes) -> tuple[PreTrainedModel, float]:
+def reload_and_check(folder: str, model: PreTrainedModel, probe: np.ndarray) -> tuple[PreTrainedModel, float]:
     """
     Load a saved folder as a stock model, and hold it against the model that was saved.
 
@@ -99,8 +100,8 @@ def reload_and_check(folder: str, model: PreTrainedModel, probe: bytes) -> tuple
             What `save_model` wrote.
         model (`PreTrainedModel`):
             The trainer's averaged model.
-        probe (`bytes`):
-            A text to compare the logits on.
+        probe (`np.ndarray`):
+            Ids `[T]` of a text to compare the logits on.
 
     Returns:
         `tuple[PreTrainedModel, float]`: The reloaded model and the largest difference of its logits.
@@ -109,7 +110,7 @@ def reload_and_check(folder: str, model: PreTrainedModel, probe: bytes) -> tuple
         `RuntimeError`: If the logits differ by more than 1e-5.
     """
     reloaded = AutoModelForCausalLM.from_pretrained(folder).to(model.device)
-    ids = torch.from_numpy(encode_bytes(probe))[None].to(model.device)
+    ids = torch.from_numpy(probe)[None].to(model.device)
     with torch.no_grad():
         difference = (reloaded(ids).logits - model.eval()(ids).logits).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:

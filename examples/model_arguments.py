@@ -24,13 +24,24 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_config, str):
-            try:
-                self.model_config = json.loads(self.model_config)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"model_config is no JSON ({error}): {self.model_config}") from error
-        if not isinstance(self.model_config, dict | None):
-            raise ValueError(f"model_config must be a mapping of config fields to values, got {self.model_config!r}.")
+        self.model_config = parse_config(self.model_config)
+
+
+def parse_config(value: dict | str | None) -> dict[str, Any] | None:
+    """
+    The config fields that a recipe (a mapping) or a flag (JSON) gives.
+
+    Raises:
+        `ValueError`: If it is no mapping.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"model_config is no JSON ({error}): {value}") from error
+    if not isinstance(value, dict | None):
+        raise ValueError(f"model_config must be a mapping of config fields to values, got {value!r}.")
+    return value
 
 
 def check_config(model_type: str, chosen: dict[str, Any]) -> PreTrainedConfig:

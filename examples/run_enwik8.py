@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from byte_lm import ByteTrainer, reload_and_check, sample_text
+from byte_lm import TextTrainer, reload_and_check, sample_text
 from model_arguments import ModelArguments, check_config
 from recipe import check_methods, parse_arguments
 from report import Result, plot_curves, write_report
@@ -38,7 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_latephase import LatePhaseConfig
 from hf_latephase.config import steps_at
-from hf_latephase.data import BYTE_VOCAB_SIZE, ByteSplits, ByteWindows, load_bytes
+from hf_latephase.data import BYTE_VOCAB_SIZE, ByteSplits, ByteWindows, encode_bytes, load_bytes
 from hf_latephase.models import LSTMLMConfig
 from hf_latephase.scoring import is_recurrent, score_bytes
 
@@ -193,7 +193,7 @@ def run_method(
     watched = splits.validation[: data.curve_bytes]
     score_quietly = make_scorer(data, show_progress=False)
     set_seed(args.seed)  # the same initial weights for every method
-    trainer = ByteTrainer(
+    trainer = TextTrainer(
         model=AutoModelForCausalLM.from_config(model_config),
         args=args,
         late_phase_config=config,
@@ -227,7 +227,7 @@ def run_method(
             print(f"\nThe members over windows of the watched text, each read cold; loss in nats:\n{members}")
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    reloaded, difference = reload_and_check(folder, final, splits.test[: data.window].tobytes())
+    reloaded, difference = reload_and_check(folder, final, encode_bytes(splits.test[: data.window]))
     text = sample_text(reloaded, splits.test[:PROMPT_BYTES].tobytes(), data.sample_bytes, args.seed)
     result.details |= {"parameters": reloaded.num_parameters(), "reload_difference": difference, "sample": text}
     if is_main:

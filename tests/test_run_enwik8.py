@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from byte_lm import ByteTrainer, reload_and_check, sample_text
+from byte_lm import TextTrainer, reload_and_check, sample_text
 from recipe import parse_arguments
 from report import Result, markdown_table
 from run_enwik8 import (
@@ -212,7 +212,7 @@ def test_accumulation_steps_as_often_as_late_phase():
     assert length(member_assignment="sample") == 1
 
 
-def byte_trainer(tmp_path, config, windows, trainer_class=ByteTrainer, model_type="lstm", **kwargs):
+def byte_trainer(tmp_path, config, windows, trainer_class=TextTrainer, model_type="lstm", **kwargs):
     settings = json.loads(TINY_LSTM) if model_type == "lstm" else TINY_TRANSFORMER
     set_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -285,9 +285,9 @@ def test_a_saved_model_that_differs_is_noticed(tmp_path):
     config = build_config(LanguageModelArguments(model_config=json.loads(TINY_LSTM)), window=8)
     model, other = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
-    assert reload_and_check(str(tmp_path), model, b"text")[1] == 0
+    assert reload_and_check(str(tmp_path), model, encode_bytes(b"text"))[1] == 0
     with pytest.raises(RuntimeError, match="differs from the trained one"):
-        reload_and_check(str(tmp_path), other, b"text")
+        reload_and_check(str(tmp_path), other, encode_bytes(b"text"))
 
 
 def test_the_table_shows_what_was_not_averaged():

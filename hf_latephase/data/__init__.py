@@ -8,6 +8,7 @@ from hf_latephase.data.enwik8 import (
     load_bytes,
     split_bytes,
 )
+from hf_latephase.data.windows import TokenWindows
 
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BYTE_VOCAB_SIZE",
     "ByteSplits",
     "ByteWindows",
+    "TokenWindows",
     "decode_ids",
     "encode_bytes",
     "load_bytes",

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import DownloadConfig, DownloadManager
-from torch.utils.data import Dataset
+
+from hf_latephase.data.windows import TokenWindows
 
 
 # The ids of transformers' ByT5Tokenizer(extra_ids=0): 0 pad, 1 eos, 2 unk, then the 256 bytes.
@@ -25,8 +26,6 @@ BYTE_VOCAB_SIZE = 256 + BYTE_OFFSET
 ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_SIZE = 100_000_000
 ENWIK8_SHA1 = "57b8363b814821dc9d47aa4d41f58733519076b2"
-
-IGNORED_LABEL = -100
 
 
 class ByteSplits(NamedTuple):
@@ -159,13 +158,9 @@ def load_bytes(
     return split_bytes(np.frombuffer(_language_reference(), dtype=np.uint8))
 
 
-class ByteWindows(Dataset):
+class ByteWindows(TokenWindows):
     """
-    Windows of a text, for causal language models.
-
-    Window i holds the bytes i·T … (i+1)·T, T + 1 of them: models of transformers shift the labels themselves, so a
-    window has T targets and neighbours share one byte. Where the length does not divide, the last window is moved back
-    to end with the text, and targets it would repeat are masked. Every byte but the first is a target exactly once.
+    [`TokenWindows`] of raw bytes.
 
     Ids are made when a window is asked for: the data set takes no memory beyond the bytes it looks at.
 
@@ -193,42 +188,16 @@ class ByteWindows(Dataset):
     ```
     """
 
+    unit = "bytes"
+
     def __init__(self, data: np.ndarray, window: int) -> None:
         if data.dtype != np.uint8:
             raise TypeError(f"ByteWindows takes bytes, but the array holds {data.dtype}. Pass an array of uint8.")
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}.")
-        if len(data) < window + 1:
-            raise ValueError(
-                f"The text has {len(data)} bytes, but one window of {window} targets takes {window + 1}. "
-                "Use a longer text or a shorter window."
-            )
-        self.data = data
-        self.window = window
+        super().__init__(data, window)
 
-    def __len__(self) -> int:
-        return -(-(len(self.data) - 1) // self.window)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Fetch a batch of windows at once; `DataLoader` prefers this to one call a window."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        chosen = np.where(chosen < 0, chosen + len(self), chosen)
-        if ((chosen < 0) | (chosen >= len(self))).any():
-            raise IndexError(f"indices {list(indices)} reach beyond the {len(self)} windows.")
-        first = chosen * self.window
-        start = np.minimum(first, len(self.data) - 1 - self.window)
-        positions = start[:, None] + np.arange(self.window + 1)
-        ids = encode_bytes(self.data[positions])
-        # Position `first` is never a target (the model drops label 0); what comes before it belongs to a neighbour.
-        moved_back = (start < first)[:, None] & (positions <= first[:, None])
-        labels = np.where(moved_back, IGNORED_LABEL, ids)
-        return [
-            {"input_ids": row, "labels": row_labels}
-            for row, row_labels in zip(torch.from_numpy(ids), torch.from_numpy(labels), strict=True)
-        ]
+    def encode(self, data: np.ndarray) -> np.ndarray:
+        """Returns the ids of some bytes, `int64`."""
+        return encode_bytes(data)
 
 
 def _map_file(path: Path) -> np.ndarray:
