@@ -45,6 +45,12 @@ class TextTrainer(LatePhaseTrainer):
         """Whether weights have been averaged over time."""
         return self.weight_average is not None and self.weight_average.num_averaged > 0
 
+    def averaged_model(self, time_averaged: bool = True) -> nn.Module:
+        """Returns the parent's model, with the weights that a schedule-free optimizer evaluates, if it is one."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # the next training step calls train()
+        return super().averaged_model(time_averaged)
+
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Creates the parent's schedule, or the one that decays from T0."""
         if self._decay_after_start:

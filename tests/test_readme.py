@@ -19,7 +19,14 @@ import PIL.Image
 import pytest
 import torch
 from tiny import Text, arguments, gpt2, trainer
-from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_latephase import LatePhaseConfig
 from hf_latephase.data import ByteSplits, load_bytes
@@ -47,6 +54,9 @@ RUN = {
     "python examples/run_enwik8.py examples/recipes/enwik8_demo.yaml --data_file my.txt": LSTM,
     # What the Hub or a download would give is a file, a folder and a tiny model here (see `workplace`).
     "python examples/run_enwik8.py examples/recipes/enwik8_gpt2.yaml --method late_phase base": GPT2,
+    "python examples/run_finetune.py examples/recipes/finetune.yaml --model my/lm --data_file my.txt": (
+        "--use_cpu --max_steps 2 --window 16 --output_dir out"
+    ),
     "python examples/run_enwik8.py --help": "",
     "python examples/run_cifar.py examples/recipes/cifar_digits.yaml": IMAGES,
     "python examples/run_cifar.py examples/recipes/cifar10_swa.yaml": IMAGES + "--dataset my/folder",
@@ -99,6 +109,9 @@ def workplace(tmp_path, monkeypatch) -> Path:
     names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", **names)
     ResNetForImageClassification(config).save_pretrained(tmp_path / "my" / "model")
+    language = GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=2, n_positions=32)
+    GPT2LMHeadModel(language).save_pretrained(tmp_path / "my" / "lm")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "my" / "lm")
     return tmp_path
 
 

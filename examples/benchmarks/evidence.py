@@ -1,0 +1,166 @@
+"""
+The evidence: what replicating weights adds to what the same minibatches buy without it.
+
+    python examples/benchmarks/evidence.py finetune_lstm finetune_gpt2
+
+A table (see `evidence_tables.py`) compares methods over the same minibatches. For each of its rows the learning rate
+is chosen on the validation split with the first seed; all seeds then run at that rate. The test split is read only
+then: what is recorded of the runs that chose has no test figures. Every run is a script of `examples/` in a process
+and a folder of its own; runs that have finished are not repeated, so an interrupted table goes on where it was. The
+figures of a table go to `evidence/TABLE.json`, and `RESULTS.md` is made anew from all of those.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evidence_tables import TABLES, Row, Table
+from runs import EXAMPLES, Run, environment, markdown, run_all, spread
+from scipy.stats import t as student
+from transformers import HfArgumentParser
+
+
+FIGURES = Path(__file__).with_name("evidence")
+RESULTS = Path(__file__).with_name("RESULTS.md")
+INTRODUCTION = Path(__file__).with_name("evidence") / "introduction.md"
+
+
+@dataclass
+class EvidenceArguments:
+    """What is run, and where."""
+
+    tables: list[str] = field(metadata={"help": f"Any of {', '.join(TABLES)}."})
+    output_dir: str = field(default="outputs/evidence", metadata={"help": "Where the runs keep their models."})
+    workers: int = field(default=2, metadata={"help": "Runs side by side, each on one thread."})
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tables if name not in TABLES]
+        if unknown:
+            raise ValueError(f"tables: {unknown} are none of {list(TABLES)}.")
+
+
+def make_run(table: Table, row: Row, rate: float, seed: int, folder: Path) -> Run:
+    """One run of one method; rows that differ in what is read out of it share it."""
+    name = f"{row.run}-{rate:g}-{seed}".replace(" ", "_")
+    flags = [*table.flags(folder), *table.runs[row.run], f"--learning_rate={rate}", f"--seed={seed}"]
+    recipe = [str(EXAMPLES / "recipes" / table.recipe)]
+    return Run(
+        folder / table.name / name, table.script, [*recipe, *flags], {"run": row.run, "rate": rate, "seed": seed}
+    )
+
+
+def read(run: Run, row: Row) -> dict[str, float]:
+    """The figures of a row, by split."""
+    report = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+    result = report["results"][-1]  # scores before fine-tuning come first
+    scores = result["averaged_scores"] if row.averaged else result["scores"]
+    return {split: scores[split] for split in ("validation", "test")}
+
+
+def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
+    """
+    Runs what is missing of a table and returns its figures.
+
+    Returns:
+        `dict[str, Any]`: By row: the validation figures by rate, the rate chosen, and both splits' figures by seed.
+    """
+    first = table.seeds[0]
+    trials = {
+        (row.name, rate): make_run(table, row, rate, first, folder) for row in table.rows for rate in table.rates
+    }
+    run_all(_distinct(trials.values()), workers)
+    validation = {
+        row.name: {rate: read(trials[row.name, rate], row)["validation"] for rate in table.rates} for row in table.rows
+    }
+    chosen = {name: min(figures, key=lambda rate: figures[rate]) for name, figures in validation.items()}
+    finals = {
+        row.name: [make_run(table, row, chosen[row.name], seed, folder) for seed in table.seeds] for row in table.rows
+    }
+    run_all(_distinct(run for runs in finals.values() for run in runs), workers)
+    return {
+        row.name: {
+            "validation by rate": {f"{rate:g}": figure for rate, figure in validation[row.name].items()},
+            "rate": chosen[row.name],
+            "seeds": list(table.seeds),
+            "validation": [read(run, row)["validation"] for run in finals[row.name]],
+            "test": [read(run, row)["test"] for run in finals[row.name]],
+        }
+        for row in table.rows
+    }
+
+
+def _distinct(runs: Any) -> list[Run]:
+    return list({run.folder: run for run in runs}.values())
+
+
+def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean of the paired differences over the seeds, and half the width of its 95 % interval (Student's t)."""
+    pairs = [a - b for a, b in zip(own, other, strict=True)]
+    width = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return statistics.mean(pairs), float(width)
+
+
+def section(table: Table, record: dict[str, Any]) -> str:
+    """A table in Markdown, with the paired difference of each row from the best late-phase row (by validation)."""
+    rows = record["rows"]
+    late = [row.name for row in table.rows if row.is_late_phase]
+    best = min(late, key=lambda name: statistics.mean(rows[name]["validation"]))
+    lines = []
+    for row in table.rows:
+        own = rows[row.name]
+        cells = [row.name, f"{own['rate']:g}", spread(own["validation"]), spread(own["test"])]
+        if row.name == best:
+            cells.append("–")
+        else:
+            mean, width = difference(own["test"], rows[best]["test"])
+            cells.append(f"{mean:+.3f} ± {width:.3f}")
+        lines.append(cells)
+    header = ["method", "rate", "validation", "test", f"test, less that of {best}"]
+    seeds = len(next(iter(rows.values()))["seeds"])
+    text = f"{table.description} {seeds} seeds; bits per byte, lower is better; mean ± standard deviation, and in the "
+    text += "last column the paired difference with its 95 % interval: positive means that late-phase is better.\n"
+    return "\n".join([f"## {table.title}\n", text, markdown(header, 1, lines), f"    {record['command']}\n"])
+
+
+def report() -> str:
+    """`RESULTS.md`, from the figures of all tables that there are."""
+    parts = [INTRODUCTION.read_text(encoding="utf-8")]
+    for name, table in TABLES.items():
+        path = FIGURES / f"{name}.json"
+        if path.exists():
+            parts.append(section(table, json.loads(path.read_text(encoding="utf-8"))))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Runs what is missing and writes figures and report."""
+    (arguments,) = HfArgumentParser(EvidenceArguments).parse_args_into_dataclasses()
+    for name in arguments.tables:
+        table, folder = TABLES[name], Path(arguments.output_dir)
+        table.prepare(folder)
+        record = {
+            "command": f"python examples/benchmarks/evidence.py --tables {name}",
+            "environment": environment() | versions(),
+            "rows": fill(table, folder, arguments.workers),
+        }
+        FIGURES.mkdir(exist_ok=True)
+        (FIGURES / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(report(), encoding="utf-8")
+        print(section(table, record))
+
+
+def versions() -> dict[str, str]:
+    """Those that figures depend on."""
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+if __name__ == "__main__":
+    main()

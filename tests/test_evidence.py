@@ -1,0 +1,97 @@
+"""The evidence: its tables can run, its arithmetic is right, and its report is that of the recorded figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import evidence
+import pytest
+import run_finetune
+from evidence_tables import TABLES
+from recipe import parse_arguments
+from run_enwik8 import MethodArguments
+from transformers import TrainingArguments
+
+from hf_latephase import LatePhaseConfig
+
+
+TYPES = (
+    run_finetune.PretrainedArguments,
+    run_finetune.TextArguments,
+    MethodArguments,
+    LatePhaseConfig,
+    TrainingArguments,
+)
+every_table = pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
+
+
+@every_table
+def test_every_run_parses_and_gives_every_method_equal_minibatches(table, tmp_path) -> None:
+    minibatches = set()
+    for row in table.rows:
+        run = evidence.make_run(table, row, table.rates[0], 7, tmp_path)
+        flags = [flag for flag in run.arguments if not flag.startswith("--optim=")]  # an optional package
+        *_, methods, config, args = parse_arguments(TYPES, [*flags, f"--output_dir={tmp_path}"])
+        assert len(methods.method) == 1
+        assert (args.seed, args.learning_rate) == (7, table.rates[0])
+        assert row.is_late_phase == (methods.method == ["late_phase"] and config.num_members > 1)
+        assert not row.averaged or config.swa_start is not None or config.ema_decay is not None
+        minibatches.add((args.max_steps, args.gradient_accumulation_steps, args.per_device_train_batch_size))
+        if row.is_late_phase:
+            # An update is one cycle: replication takes none away.
+            assert args.gradient_accumulation_steps == config.num_members
+    assert len(minibatches) == 1
+
+
+def test_paired_difference() -> None:
+    # By hand: differences 1, 2, 3; their standard deviation is 1, and t(0.975, 2) = 4.3027.
+    assert evidence.difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.3027 / 3**0.5), abs=1e-4)
+
+
+def test_the_rate_is_chosen_on_validation_and_test_figures_of_other_rates_are_not_kept(tmp_path, monkeypatch) -> None:
+    table = next(iter(TABLES.values()))
+    ran = []
+
+    def run_all(runs, workers):
+        for run in runs:
+            if not run.is_finished:
+                ran.append(run.labels["run"])
+                run.folder.mkdir(parents=True)
+                # Validation is best at the second rate, test at the first.
+                best = {rate: i for i, rate in enumerate([table.rates[1], table.rates[0], *table.rates[2:]])}
+                scores = {"validation": 3 + best[run.labels["rate"]], "test": run.labels["rate"]}
+                result = {"scores": scores, "averaged_scores": {k: -v for k, v in scores.items()}}
+                (run.folder / "results.json").write_text(json.dumps({"results": [{}, result]}))
+                (run.folder / "finished").touch()
+
+    monkeypatch.setattr(evidence, "run_all", run_all)
+    rows = evidence.fill(table, tmp_path, 1)
+    plain = next(row.name for row in table.rows if not row.averaged)
+    assert rows[plain]["rate"] == table.rates[1]
+    assert rows[plain]["test"] == [table.rates[1]] * len(table.seeds)
+    assert set(rows[plain]) == {"validation by rate", "rate", "seeds", "validation", "test"}
+    averaged = next(row.name for row in table.rows if row.averaged)
+    assert rows[averaged]["rate"] == table.rates[-1]  # the sign is turned there
+    before = len(ran)
+    assert evidence.fill(table, tmp_path, 1) == rows
+    assert len(ran) == before  # nothing runs twice
+
+
+def test_report_is_made_from_the_figures() -> None:
+    text = evidence.RESULTS.read_text(encoding="utf-8")
+    assert text == evidence.report()
+    recorded = [name for name in TABLES if (evidence.FIGURES / f"{name}.json").exists()]
+    assert recorded
+    for name in recorded:
+        record = json.loads((evidence.FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+        row = TABLES[name].rows[0].name
+        record["rows"][row]["test"][0] += 0.1
+        # A figure that is not the runs' would show.
+        assert evidence.section(TABLES[name], record) not in text
+
+
+def test_no_path_of_a_machine_is_recorded() -> None:
+    for path in evidence.FIGURES.glob("*.json"):
+        assert str(Path.home()) not in path.read_text(encoding="utf-8")
+        assert "/tmp/" not in path.read_text(encoding="utf-8")
