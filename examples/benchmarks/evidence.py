@@ -1,13 +1,13 @@
 """
 The evidence: what replicating weights adds to what the same minibatches buy without it.
 
-    python examples/benchmarks/evidence.py finetune_lstm finetune_gpt2
+    python examples/benchmarks/evidence.py --tables finetune_lstm_enwik6 finetune_gpt2_enwik6
 
 A table (see `evidence_tables.py`) compares methods over the same minibatches. For each of its rows the learning rate
 is chosen on the validation split with the first seed; all seeds then run at that rate. The test split is read only
-then: what is recorded of the runs that chose has no test figures. Every run is a script of `examples/` in a process
-and a folder of its own; runs that have finished are not repeated, so an interrupted table goes on where it was. The
-figures of a table go to `evidence/TABLE.json`, and `RESULTS.md` is made anew from all of those.
+then: what is recorded of the runs that chose has no test figures. Every run is a script of `examples/` in a folder of
+its own; runs that have finished are not repeated, so an interrupted table goes on where it was. The figures of a table
+go to `evidence/TABLE.json`, and `RESULTS.md` is made anew from all of those.
 """
 
 from __future__ import annotations

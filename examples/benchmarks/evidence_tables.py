@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runs import EXAMPLES, Run
+from runs import EXAMPLES, Run, run_all
 from texts import write_text
 
 
@@ -73,7 +74,7 @@ class Table:
         if text == "django":
             write_text(text_file("django", folder))
         flags = [str(EXAMPLES / "recipes" / f"pretrain_{model}.yaml"), f"--data_file={text_file(text, folder)}"]
-        Run(folder / "pretrained" / self.pretrained, "run_enwik8.py", flags, {}).start()
+        run_all([Run(folder / "pretrained" / self.pretrained, "run_enwik8.py", flags, {})], workers=1)
 
 
 def text_file(text: str, folder: Path) -> Path:
@@ -105,6 +106,20 @@ def fine_tuning(
         runs=runs,
         rows=rows,
         rates=rates,
+    )
+
+
+def ablations(model: str, source: str, target: str, rate: float) -> Table:
+    """The settings of the fine-tuning table, one at a time, at its rate."""
+    rows = [Row(name, name, averaged=True, is_late_phase=True) for name in ABLATIONS]
+    table = fine_tuning(model, source, target, [rate], ABLATIONS, rows)
+    return dataclasses.replace(
+        table,
+        name=f"ablations_{model}_{target}",
+        title=f"What the settings do: {model} on 60 KB of {target}",
+        description=table.description
+        + " One setting at a time differs from those of the first row, SWA of each; at one rate.",
+        seeds=[0, 1, 2],
     )
 
 
@@ -160,6 +175,32 @@ LSTM_ROWS = [
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
 ]
+# One setting at a time beside that of the table above; of the ten members an update takes ten smaller minibatches.
+NOISY = [*LATE, *SWA, "--init_noise=0.15"]
+TEN = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=10"]
+ABLATIONS = {
+    "K = 5, T0 = 0.05, σ0 = 0.15, rank-1": NOISY,
+    "σ0 = 0.05": [*LATE, *SWA, "--init_noise=0.05"],
+    "σ0 = 0.1": [*LATE, *SWA, "--init_noise=0.1"],
+    "σ0 = 0.2": [*LATE, *SWA, "--init_noise=0.2"],
+    "σ0 = 0.3": [*LATE, *SWA, "--init_noise=0.3"],
+    "K = 2, ten minibatches": [*NOISY, *TEN, "--num_members=2"],
+    "K = 5, ten minibatches": [*NOISY, *TEN],
+    "K = 10, ten minibatches": [*NOISY, *TEN, "--num_members=10"],
+    "T0 = 0": [*NOISY, "--late_phase_start=0"],
+    "T0 = 0.3": [*NOISY, "--late_phase_start=0.3", "--swa_start=0.3"],
+    "T0 = 0.6": [*NOISY, "--late_phase_start=0.6", "--swa_start=0.6"],
+    "norm": [*NOISY, "--weights", "norm"],
+    "norm and rank-1": [*NOISY, "--weights", "norm", "rank1"],
+    "rank-1, first block only": [*NOISY, "--target_modules", r"transformer\.h\.0\..*"],
+    "rank-1, second block only": [*NOISY, "--target_modules", r"transformer\.h\.1\..*"],
+    "rows dealt out (by sample)": [
+        *NOISY, "--member_assignment=sample", "--per_device_train_batch_size=40", "--gradient_accumulation_steps=1",
+    ],
+    "members by Adam, base by γ = 1/K": [*NOISY, "--base_gradient_scale=0.2"],
+    "cosine decay": [*NOISY, *COSINE],
+    "constant rate": [*NOISY, "--lr_scheduler_type=constant_with_warmup"],
+}  # fmt: skip
 GPT2_RATES, LSTM_RATES = [5e-4, 1e-3, 2e-3], [4e-3, 8e-3, 1.6e-2]
 TABLES = {
     table.name: table
@@ -168,5 +209,6 @@ TABLES = {
         fine_tuning("gpt2", "enwik6", "django", GPT2_RATES, GPT2_RUNS, GPT2_ROWS),
         fine_tuning("lstm", "django", "enwik6", LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         fine_tuning("lstm", "enwik6", "django", LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
+        ablations("gpt2", "django", "enwik6", 1e-3),
     )
 }

@@ -3,7 +3,7 @@ Late-phase image classifiers against their controls and baselines over several s
 
     python examples/benchmarks/image_classifiers.py --dataset path/to/cifar10
 
-Every run is `examples/run_cifar.py` with the recipe `benchmark_cifar.yaml`, in a process and a folder of its own; runs
+Every run is `examples/run_cifar.py` with the recipe `benchmark_cifar.yaml`, in a folder of its own; runs
 that have finished are not repeated, so an interrupted benchmark goes on where it was. The deep ensemble, which trains
 K models, is run for the first seed only. The figures go to `examples/benchmarks/image_classifiers.json`; the table
 made from them to `image_classifiers.md` beside it and into the README.

@@ -3,7 +3,7 @@ Late-phase language models against their controls: two architectures, two schedu
 
     python examples/benchmarks/language_models.py --data_file enwik6
 
-Every run is `examples/run_enwik8.py` with a recipe, in a process and a folder of its own; runs that have finished are
+Every run is `examples/run_enwik8.py` with a recipe, in a folder of its own; runs that have finished are
 not repeated, so an interrupted benchmark goes on where it was. The figures of all runs are written to
 `examples/benchmarks/language_models.json`; the table made from them goes to `language_models.md` beside it and into
 the README.

@@ -1,15 +1,17 @@
-"""What the benchmarks share: runs of a script in processes of their own, their spread, and tables in the README."""
+"""What the benchmarks share: runs of a script, their spread, and tables in the README."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ class Run:
 
     Attributes:
         folder (`Path`): Its output folder; `log.txt` in it is what the script printed.
-        script (`str`): The script's name in `examples/`.
+        script (`str`): The script's name in `examples/`, which has a `main(arguments)`.
         arguments (`list[str]`): Its arguments, without `--output_dir`.
         labels (`dict[str, Any]`): What tells the run from the others.
     """
@@ -44,25 +46,33 @@ class Run:
         return (self.folder / "finished").exists()
 
     def start(self) -> None:
-        """Runs the script on one thread, unless it has finished before."""
+        """Runs the script in this process, unless it has finished before."""
         if self.is_finished:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable, str(EXAMPLES / self.script), *self.arguments, f"--output_dir={self.folder}",
-            "--disable_tqdm=true", "--report_to=none", "--use_cpu=true",
-        ]  # fmt: skip
-        with open(self.folder / "log.txt", "w", encoding="utf-8") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        common = [f"--output_dir={self.folder}", "--disable_tqdm=true", "--report_to=none", "--use_cpu=true"]
+        with open(self.folder / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            importlib.import_module(Path(self.script).stem).main([*self.arguments, *common])
         (self.folder / "finished").touch()
 
 
 def run_all(runs: Sequence[Run], workers: int) -> None:
-    """Runs what has not finished yet, some side by side, with a bar."""
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in tqdm(pool.map(Run.start, runs), total=len(runs), desc="Runs"):
+    """
+    Runs what has not finished yet, with a bar: some side by side, each on one thread.
+
+    A process takes one run after another, since starting it takes as long as a short run.
+    """
+    waiting = [run for run in runs if not run.is_finished]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        for _ in tqdm(pool.map(Run.start, waiting), total=len(waiting), desc="Runs"):
             pass
+
+
+def _one_thread() -> None:
+    """Before torch is imported."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(EXAMPLES))
 
 
 def collect(
