@@ -22,5 +22,11 @@ def floors(source: str) -> list[str]:
     raise ValueError("setup.py assigns no INSTALL_REQUIRES.")
 
 
+def constraints(source: str) -> list[str]:
+    """The floors as pip should take them."""
+    # Of torch the plain build: pip would prefer one with a suffix (2.13.0+cpu), beside which torchvision's fails.
+    return [f"{floor.replace('==', '===')}.0" if floor.startswith("torch==") else floor for floor in floors(source)]
+
+
 if __name__ == "__main__":
-    print("\n".join(floors(SETUP.read_text(encoding="utf-8"))))
+    print("\n".join(constraints(SETUP.read_text(encoding="utf-8"))))

@@ -83,10 +83,10 @@ def test_the_rate_is_chosen_on_validation_and_test_figures_of_other_rates_are_no
 def test_report_is_made_from_the_figures() -> None:
     text = evidence.RESULTS.read_text(encoding="utf-8")
     assert text == evidence.report()
-    recorded = [name for name in TABLES if (evidence.FIGURES / f"{name}.json").exists()]
-    assert recorded
-    for name in recorded:
-        record = json.loads((evidence.FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+    readme = evidence.README.read_text(encoding="utf-8")
+    assert readme == evidence.put_into_readme(readme, "evidence", evidence.summary())
+    assert evidence.recorded()
+    for name, record in evidence.recorded().items():
         row = TABLES[name].rows[0].name
         record["rows"][row]["test"][0] += 0.1
         # A figure that is not the runs' would show.

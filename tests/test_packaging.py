@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oldest import floors
+from oldest import constraints, floors
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +111,7 @@ def test_the_metadata_describe_the_package(built) -> None:
     # What `make test-oldest` pins is what is published.
     published = {value.replace("[torch]", "").replace(">=", "==") for value in required if ">=" in value}
     assert published == set(floors((ROOT / "setup.py").read_text(encoding="utf-8"))) and published
+    assert "torch===2.13.0" in constraints((ROOT / "setup.py").read_text(encoding="utf-8"))
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     run("-m", "twine", "check", "--strict", *built.values())
 

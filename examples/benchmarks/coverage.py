@@ -7,7 +7,7 @@ builds a tiny random model of each causal LM class that transformers maps, each 
 audio classifier, and of timm's families; attaches rank-1 factors, norms, both and the head; trains two cycles through
 `LatePhaseTrainer`; saves the average; and reloads it in an interpreter without `hf_latephase`, where keys, logits (to
 1e-5) and generated tokens must be the trained model's. Without late-phase weights the same is done first: what the
-stock library cannot do is listed as that. The table goes to `coverage.md`.
+stock library cannot do is listed as that. The rows go to `coverage.json`, the table made from them to `coverage.md`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import timm
@@ -135,6 +136,11 @@ def report(rows: Sequence[Row]) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of an earlier sweep."""
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def by_architecture(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """Groups rows by kind and architecture, then by family."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
@@ -204,12 +210,18 @@ def _missed(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Runs the sweep and writes its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=list(TITLES), default=list(TITLES), help="All if left out.")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(TITLES), default=list(TITLES), help="Of others the last sweep's rows stay."
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Interpreters side by side.")
     parser.add_argument("--output", type=Path, default=RESULTS, help="Where the table goes.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = sweep(architectures(arguments.kinds), arguments.workers, Path(folder))
+    figures = arguments.output.with_suffix(".json")
+    if figures.exists():
+        rows += [row for row in read_rows(figures) if row.kind not in arguments.kinds]
+    figures.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n", encoding="utf-8")
     arguments.output.write_text(report(rows), encoding="utf-8")
     for line in _summary(rows):
         print(*line)

@@ -7,7 +7,7 @@ A table (see `evidence_tables.py`) compares methods over the same minibatches. F
 is chosen on the validation split with the first seed; all seeds then run at that rate. The test split is read only
 then: what is recorded of the runs that chose has no test figures. Every run is a script of `examples/` in a folder of
 its own; runs that have finished are not repeated, so an interrupted table goes on where it was. The figures of a table
-go to `evidence/TABLE.json`, and `RESULTS.md` is made anew from all of those.
+go to `evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all of those.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_tables import TABLES, Row, Table
-from runs import EXAMPLES, Run, environment, markdown, run_all, spread
+from runs import EXAMPLES, README, Run, environment, markdown, put_into_readme, run_all, spread
 from scipy.stats import t as student
 from transformers import HfArgumentParser
 
@@ -105,11 +105,16 @@ def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, flo
     return statistics.mean(pairs), float(width)
 
 
+def best_of(table: Table, rows: dict[str, Any], late_phase: bool) -> str:
+    """The best row on validation of those that replicate weights, or of those that do not."""
+    names = [row.name for row in table.rows if row.is_late_phase == late_phase]
+    return min(names, key=lambda name: statistics.mean(rows[name]["validation"]))
+
+
 def section(table: Table, record: dict[str, Any]) -> str:
     """A table in Markdown, with the paired difference of each row from the best late-phase row (by validation)."""
     rows = record["rows"]
-    late = [row.name for row in table.rows if row.is_late_phase]
-    best = min(late, key=lambda name: statistics.mean(rows[name]["validation"]))
+    best = best_of(table, rows, late_phase=True)
     lines = []
     for row in table.rows:
         own = rows[row.name]
@@ -127,14 +132,33 @@ def section(table: Table, record: dict[str, Any]) -> str:
     return "\n".join([f"## {table.title}\n", text, markdown(header, 1, lines), f"    {record['command']}\n"])
 
 
+def recorded() -> dict[str, dict[str, Any]]:
+    """The figures of all tables that there are."""
+    paths = {name: FIGURES / f"{name}.json" for name in TABLES}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
 def report() -> str:
-    """`RESULTS.md`, from the figures of all tables that there are."""
-    parts = [INTRODUCTION.read_text(encoding="utf-8")]
-    for name, table in TABLES.items():
-        path = FIGURES / f"{name}.json"
-        if path.exists():
-            parts.append(section(table, json.loads(path.read_text(encoding="utf-8"))))
-    return "\n".join(parts)
+    """`RESULTS.md`."""
+    sections = [section(TABLES[name], record) for name, record in recorded().items()]
+    return "\n".join([INTRODUCTION.read_text(encoding="utf-8"), *sections])
+
+
+def summary() -> str:
+    """The README's table: of each comparison, the best control and the best late-phase row, by validation."""
+    lines = []
+    for name, record in recorded().items():
+        table, rows = TABLES[name], record["rows"]
+        late = best_of(table, rows, late_phase=True)
+        if all(row.is_late_phase for row in table.rows):
+            continue
+        control = best_of(table, rows, late_phase=False)
+        mean, width = difference(rows[control]["test"], rows[late]["test"])
+        lines.append(
+            [table.title, control, spread(rows[control]["test"]), late, spread(rows[late]["test"])]
+            + [f"{mean:+.3f} ± {width:.3f}"]
+        )
+    return markdown(["", "best control", "test", "best late-phase", "test", "control less late-phase"], 1, lines)
 
 
 def main() -> None:
@@ -151,6 +175,7 @@ def main() -> None:
         FIGURES.mkdir(exist_ok=True)
         (FIGURES / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         RESULTS.write_text(report(), encoding="utf-8")
+        README.write_text(put_into_readme(README.read_text(encoding="utf-8"), "evidence", summary()), encoding="utf-8")
         print(section(table, record))
 
 
