@@ -30,12 +30,14 @@ def group_apart(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
             optimizer.add_param_group({**group, "params": moved})
 
 
-def set_decay(optimizer: Optimizer, parameters: Iterable[Tensor], weight_decay: float | None) -> None:
-    """Sets the weight decay of the groups, made by [`group_apart`], that hold parameters; `None` leaves it."""
+def set_decay(optimizer: Optimizer, parameters: Iterable[Tensor], weight_decay: float) -> list[tuple[dict, float]]:
+    """Sets the weight decay of the groups, made by [`group_apart`], that hold parameters; returns what they had."""
     own = {id(p) for p in parameters}
-    for group in optimizer.param_groups if weight_decay is not None else []:
-        if any(id(p) in own for p in group["params"]):
-            group["weight_decay"] = weight_decay
+    groups = [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
+    before = [(group, group["weight_decay"]) for group in groups]
+    for group in groups:
+        group["weight_decay"] = weight_decay
+    return before
 
 
 def check_elementwise(optimizer: Optimizer) -> None:

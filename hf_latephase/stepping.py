@@ -40,6 +40,7 @@ class Stepping:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._frozen: FrozenMembers | None = None
+        self._decays_before: list[tuple[dict[str, Any], float]] = []
         self._statistics = ProcessStatistics(trainer)
         self.held: dict[str, Tensor] = {}
         self.grad_norm: Tensor | None = None
@@ -76,7 +77,9 @@ class Stepping:
         late_phase.release(torch.Generator().manual_seed(trainer.args.seed))
         stacks = late_phase.stacks()
         optimizer = unwrapped(trainer.optimizer)
-        set_decay(optimizer, stacks.values(), trainer.late_phase_config.member_weight_decay)
+        decay = trainer.late_phase_config.member_weight_decay
+        if decay is not None:
+            self._decays_before = set_decay(optimizer, stacks.values(), decay)
         if late_phase.num_members == 1:
             return
         logger.info(f"Late phase begins at step {trainer.state.global_step}.\n{late_phase.summary()}")
@@ -87,6 +90,13 @@ class Stepping:
         if average is not None and average.num_averaged:
             names = [name for name in average.values if late_phase.is_late_phase(name)]
             late_phase.share_first_member([average.values[name] for name in names])
+
+    def rejoin(self) -> None:
+        """Undoes a release, for training that begins anew with the same model and optimizer."""
+        self._trainer.late_phase.rejoin()
+        for group, decay in self._decays_before:
+            group["weight_decay"] = decay
+        self._decays_before = []
 
     # ---- one minibatch ----
 

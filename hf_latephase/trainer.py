@@ -150,7 +150,7 @@ class LatePhaseMixin(PublishingMixin):
         if not self._state_keeper.resume():
             self.weight_average = self._new_average()
             if self.late_phase.released:
-                self.late_phase.rejoin()
+                self._stepping.rejoin()
 
     def _begin_step(self) -> None:
         self._averaged_view.forget()

@@ -391,7 +391,7 @@ def test_measuring_in_evaluations_leaves_training_alone(tmp_path) -> None:
 
 
 def test_members_weight_decay(tmp_path) -> None:
-    """From T0 on it is that of all late-phase weights, and of no others."""
+    """From T0 on it is that of all late-phase weights, and of no others; so too when training begins anew."""
     model = double(ConvNet())
     run = trainer(
         tmp_path, model, config(late_phase_start=2, member_weight_decay=0.25, weights=["norm"]), weight_decay=0.125,
@@ -406,7 +406,10 @@ def test_members_weight_decay(tmp_path) -> None:
 
     run.add_callback(Watch())
     run.train()
-    for step, decays in enumerate(seen):
+    run.train()
+    steps = run.state.max_steps
+    assert len(seen) == 2 * steps > 4
+    for step, decays in ((index % steps, decays) for index, decays in enumerate(seen)):
         assert len(decays) == len(list(model.parameters()))
         for name, decay in decays.items():
             plain = 0.125 if name.endswith(("first.weight", "second.weight", "head.weight", "embed.weight")) else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_the_metadata_describe_the_package(built) -> None:
     # What `make test-oldest` pins is what is published.
     published = {value.replace("[torch]", "").replace(">=", "==") for value in required if ">=" in value}
     assert published == set(floors((ROOT / "setup.py").read_text(encoding="utf-8"))) and published
-    assert "torch===2.13.0" in constraints((ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert any(re.fullmatch(r"torch===[\d.]+", one) for one in constraints((ROOT / "setup.py").read_text("utf-8")))
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     run("-m", "twine", "check", "--strict", *built.values())
 
