@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import evidence
@@ -91,6 +92,23 @@ def test_report_is_made_from_the_figures() -> None:
         record["rows"][row]["test"][0] += 0.1
         # A figure that is not the runs' would show.
         assert evidence.section(TABLES[name], record) not in text
+
+
+def test_recommended_settings_are_those_of_the_figures() -> None:
+    name = "finetune_gpt2_enwik6"
+    table, rows = TABLES[name], evidence.recorded()[name]["rows"]
+    late = evidence.best_of(table, rows, late_phase=True, split="validation")
+    control = evidence.best_of(table, rows, late_phase=False, split="test")
+    (run,) = {row.run for row in table.rows if row.name == late}
+    assert "--init_noise=0.15" in table.runs[run] and "--swa_start=0.1" in table.runs[run]
+    words = " ".join(LatePhaseConfig.__doc__.split())
+    means = [f"{statistics.mean(rows[row]['test']):.3f}" for row in (late, control)]
+    assert f"{means[0]} bits per byte, the strongest control {means[1]}" in words
+    # Ahead of every control, by an interval that excludes zero: what the README says.
+    for row in table.rows:
+        if not row.is_late_phase:
+            mean, width = evidence.difference(rows[row.name]["test"], rows[late]["test"])
+            assert mean - width > 0, row.name
 
 
 def test_no_path_of_a_machine_is_recorded() -> None:

@@ -105,16 +105,16 @@ def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, flo
     return statistics.mean(pairs), float(width)
 
 
-def best_of(table: Table, rows: dict[str, Any], late_phase: bool) -> str:
-    """The best row on validation of those that replicate weights, or of those that do not."""
+def best_of(table: Table, rows: dict[str, Any], late_phase: bool, split: str) -> str:
+    """The best row on a split, of those that replicate weights or of those that do not."""
     names = [row.name for row in table.rows if row.is_late_phase == late_phase]
-    return min(names, key=lambda name: statistics.mean(rows[name]["validation"]))
+    return min(names, key=lambda name: statistics.mean(rows[name][split]))
 
 
 def section(table: Table, record: dict[str, Any]) -> str:
     """A table in Markdown, with the paired difference of each row from the best late-phase row (by validation)."""
     rows = record["rows"]
-    best = best_of(table, rows, late_phase=True)
+    best = best_of(table, rows, late_phase=True, split="validation")
     lines = []
     for row in table.rows:
         own = rows[row.name]
@@ -145,20 +145,20 @@ def report() -> str:
 
 
 def summary() -> str:
-    """The README's table: of each comparison, the best control and the best late-phase row, by validation."""
+    """The README's table: the late-phase row that is best on validation, against the control that is best on test."""
     lines = []
     for name, record in recorded().items():
         table, rows = TABLES[name], record["rows"]
-        late = best_of(table, rows, late_phase=True)
+        late = best_of(table, rows, late_phase=True, split="validation")
         if all(row.is_late_phase for row in table.rows):
             continue
-        control = best_of(table, rows, late_phase=False)
+        control = best_of(table, rows, late_phase=False, split="test")
         mean, width = difference(rows[control]["test"], rows[late]["test"])
         lines.append(
             [table.title, control, spread(rows[control]["test"]), late, spread(rows[late]["test"])]
             + [f"{mean:+.3f} ± {width:.3f}"]
         )
-    return markdown(["", "best control", "test", "best late-phase", "test", "control less late-phase"], 1, lines)
+    return markdown(["", "strongest control", "test", "late-phase", "test", "control less late-phase"], 1, lines)
 
 
 def main() -> None:
