@@ -114,7 +114,7 @@ class PublishingMixin(_Base):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Creates the parent's repository on the Hub, if there is none."""
         with self._publishing.explained(has_saved=False):
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token, **_given(private))
 
     def create_model_card(
         self,
@@ -173,7 +173,7 @@ class PublishingMixin(_Base):
         if "dataset_name" in kwargs:
             kwargs["dataset"] = kwargs.pop("dataset_name")
         with self._publishing.explained():
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            return super().push_to_hub(commit_message, blocking, token, revision, **_given(private), **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._staging.is_writing:
@@ -195,3 +195,8 @@ def _remedy(error: BaseException) -> str | None:
     if isinstance(error, (httpx.TransportError, ConnectionError)):  # the latter: hf_xet's
         return f"The Hub at {constants.ENDPOINT} cannot be reached: check the network, and HF_ENDPOINT if it is set."
     return _remedy(error.__cause__) if error.__cause__ is not None else None
+
+
+def _given(private: bool | None) -> dict[str, bool]:
+    """The argument, if there is a value: before transformers 5.23 there is no such argument."""
+    return {} if private is None else {"private": private}

@@ -294,7 +294,10 @@ def test_signatures_are_trainers(name: str) -> None:
         found = inspect.signature(getattr(owner, name)).parameters.values()
         return [(p.name, p.kind, p.default) for p in found]
 
-    assert parameters(PublishingMixin) == parameters(Trainer)
+    own, trainers = parameters(PublishingMixin), parameters(Trainer)
+    if "private" not in [name for name, *_ in trainers]:  # before transformers 5.23
+        own = [parameter for parameter in own if parameter[0] != "private"]
+    assert own == trainers
 
 
 def test_revision_message_tags_and_waiting(hub: HubServer, tmp_path: Path) -> None:

@@ -116,13 +116,18 @@ def _lines(script: str, arguments: list[str]) -> Iterable[dict]:
                 yield json.loads(line.removeprefix(MARK))
 
 
-def report(rows: Sequence[Row]) -> str:
+def releases() -> dict[str, str]:
+    """Those that the rows depend on."""
+    return {module.__name__: module.__version__.partition("+")[0] for module in (transformers, torch, timm)}
+
+
+def report(rows: Sequence[Row], versions: dict[str, str]) -> str:
     """Returns the text of `coverage.md`: how many passed, a table for each kind, and every cause."""
     text = [
         "# Coverage",
         "",
-        f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}, "
-        f"timm {timm.__version__}, CPU, float32. Made by `python examples/benchmarks/coverage.py`,",
+        ", ".join(f"{name} {release}" for name, release in versions.items())
+        + ", CPU, float32. Made by `python examples/benchmarks/coverage.py`,",
         "whose docstring says what passing takes. The columns of the families count the layers that became late-phase",
         "weights; `tied` is an output layer that shares its weight with the embedding (replicating one side would",
         "untie them), `–` a model without such layers. `generate()` says whether the tokens were compared.",
@@ -136,9 +141,10 @@ def report(rows: Sequence[Row]) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of an earlier sweep."""
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+def read_rows(path: Path) -> tuple[list[Row], dict[str, str]]:
+    """The rows of an earlier sweep, and the releases that they are of."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return [Row(**row) for row in record["rows"]], record["releases"]
 
 
 def by_architecture(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
@@ -220,9 +226,10 @@ def main() -> None:
         rows = sweep(architectures(arguments.kinds), arguments.workers, Path(folder))
     figures = arguments.output.with_suffix(".json")
     if figures.exists():
-        rows += [row for row in read_rows(figures) if row.kind not in arguments.kinds]
-    figures.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n", encoding="utf-8")
-    arguments.output.write_text(report(rows), encoding="utf-8")
+        rows += [row for row in read_rows(figures)[0] if row.kind not in arguments.kinds]
+    record = {"releases": releases(), "rows": [asdict(row) for row in rows]}
+    figures.write_text(json.dumps(record).replace('{"kind"', '\n{"kind"') + "\n", encoding="utf-8")
+    arguments.output.write_text(report(rows, releases()), encoding="utf-8")
     for line in _summary(rows):
         print(*line)
 
