@@ -12,7 +12,7 @@ from test_trainer_behaviours import OutOfMemory, Ragged, Stream, pad
 from tiny import MODELS, Text, gpt2, llama, trainer
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
 
@@ -177,18 +177,15 @@ def test_an_overflow_skips_the_whole_cycle(tmp_path) -> None:
 def test_activation_checkpointing(tmp_path, name: str, assignment: str, reentrant: bool) -> None:
     late = config(4, WEIGHTS[name], member_assignment=assignment, init_noise=0.3)
     found = []
-    for settings in (
-        {}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    ):  # fmt: skip
+    # Before transformers 5.23 the switch went by its older name.
+    known = hasattr(TrainingArguments, "activation_checkpointing")
+    switch = "activation_checkpointing" if known else "gradient_checkpointing"
+    for settings in ({}, {switch: True, f"{switch}_kwargs": {"use_reentrant": reentrant}}):
         gradients = Gradients()
         run = trained(
             tmp_path, name, late, max_steps=4, learning_rate=0.0, extra={"callbacks": [gradients]}, **settings
         )
-        # Before transformers 5.23 it went by its older name.
-        name_of_switch = "is_activation_checkpointing"
-        if not hasattr(run.model, name_of_switch):
-            name_of_switch = "is_gradient_checkpointing"
-        assert getattr(run.model, name_of_switch) == bool(settings)
+        assert getattr(run.model, f"is_{switch}") == bool(settings)
         found.append(gradients.seen[-1])
     assert list(found[0]) == list(found[1])
     for key, value in found[0].items():
