@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from hf_latephase import LatePhase, LatePhaseConfig
@@ -128,7 +129,7 @@ def close(left: Tensor, right: Tensor) -> bool:
 def test_enough_classes_are_found() -> None:
     named = [name for same in definitions().values() for _, name in same]
     assert len(named) >= 300 and len(definitions()) >= 60
-    assert len(layers()) >= 35  # transformers 5.19 has 37
+    assert len(layers()) >= (40 if Version(transformers.__version__) >= Version("5.23") else 35)  # 5.19: 37
     covered = {name for same in definitions().values() for module, name in same if key_of(same[0]) in layers()}
     assert len(covered) >= 200
     wanted = {
