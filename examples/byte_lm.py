@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from report import Result
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
@@ -67,6 +69,24 @@ class TextTrainer(LatePhaseTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def result(self, seconds: float, scores: Callable[[nn.Module], dict[str, float]]) -> Result:
+        """
+        What training has achieved, without and with averaging over time.
+
+        Args:
+            seconds (`float`):
+                How long it took.
+            scores (`Callable[[nn.Module], dict[str, float]]`):
+                The figures of a stock model, by split.
+        """
+        return Result(
+            method=Path(self.args.output_dir).name,
+            minutes=seconds / 60,
+            scores=scores(self.averaged_model(time_averaged=False)),
+            averaged_scores=scores(self.averaged_model()) if self.has_time_average else None,
+            curve=self.curve(),
+        )
 
     def curve(self) -> list[dict[str, float]]:
         """What `evaluate` has logged so far."""

@@ -212,14 +212,7 @@ def run_method(
     def scores(model: nn.Module) -> dict[str, float]:
         return {"validation": score(model, splits.validation), "test": score(model, splits.test)}
 
-    final = trainer.averaged_model()
-    result = Result(
-        method=Path(folder).name,
-        minutes=metrics["train_runtime"] / 60,
-        scores=scores(trainer.averaged_model(time_averaged=False)),
-        averaged_scores=scores(final) if trainer.has_time_average else None,
-        curve=trainer.curve(),
-    )
+    result = trainer.result(metrics["train_runtime"], scores)
     if config.num_members > 1:
         members = trainer.evaluate_members()
         result.details["members"] = members
@@ -227,7 +220,7 @@ def run_method(
             print(f"\nThe members over windows of the watched text, each read cold; loss in nats:\n{members}")
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    reloaded, difference = reload_and_check(folder, final, encode_bytes(splits.test[: data.window]))
+    reloaded, difference = reload_and_check(folder, trainer.averaged_model(), encode_bytes(splits.test[: data.window]))
     text = sample_text(reloaded, splits.test[:PROMPT_BYTES].tobytes(), data.sample_bytes, args.seed)
     result.details |= {"parameters": reloaded.num_parameters(), "reload_difference": difference, "sample": text}
     if is_main:

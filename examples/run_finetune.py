@@ -195,17 +195,10 @@ def run_method(
     def scores(model: nn.Module) -> dict[str, float]:
         return {name: score(model, name) for name in ("validation", "test")}
 
-    final = trainer.averaged_model()
-    result = Result(
-        method=Path(folder).name,
-        minutes=metrics["train_runtime"] / 60,
-        scores=scores(trainer.averaged_model(time_averaged=False)),
-        averaged_scores=scores(final) if trainer.has_time_average else None,
-        curve=trainer.curve(),
-    )
+    result = trainer.result(metrics["train_runtime"], scores)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    reloaded, difference = reload_and_check(folder, final, splits["test"].ids[: text.window])
+    reloaded, difference = reload_and_check(folder, trainer.averaged_model(), splits["test"].ids[: text.window])
     result.details |= {"parameters": reloaded.num_parameters(), "reload_difference": difference}
     if is_main:
         print(f"\nSaved in {folder}, reloaded as {type(reloaded).__name__}: logits differ by {difference:.1e}.")
