@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -135,24 +135,41 @@ def attaching(device: str) -> dict[str, float]:
     return seconds
 
 
-def sample_speedup(pairs: int, device: str) -> list[float]:
-    """Time of 8 passes, one member each, over that of one pass that deals out the same rows (quartiles)."""
-    model = gpt2(4, 256, 64).to(device)
+def sample_speedup(pairs: int, device: str) -> dict[str, list[float]]:
+    """
+    Time of 8 passes, one member each, over that of one pass that deals out the same rows (quartiles).
+
+    Beside it the same of the model without members: what a larger batch alone gains, and so the most there is.
+    """
+    plain, model = gpt2(4, 256, 64).to(device), gpt2(4, 256, 64).to(device)
     late_phase = LatePhase(model, LatePhaseConfig(num_members=8, weights=["norm"], member_assignment="sample"))
     late_phase.release()
     rows = torch.randint(3, VOCAB, (32, 64), device=device)
 
+    def run(of: nn.Module, batch: Tensor) -> None:
+        of(input_ids=batch, labels=batch).loss.backward()
+
     def passes() -> None:
         for member, block in enumerate(rows.chunk(8)):
             late_phase.activate(member)
-            model(input_ids=block, labels=block).loss.backward()
+            run(model, block)
 
     def one_pass() -> None:
         late_phase.activate_by_sample()
-        model(input_ids=rows, labels=rows).loss.backward()
+        run(model, rows)
 
-    ratios = [timed(passes, device)[0] / timed(one_pass, device)[0] for _ in range(pairs + 1)]
-    return statistics.quantiles(ratios[1:], n=4)
+    def plain_passes() -> None:
+        for block in rows.chunk(8):
+            run(plain, block)
+
+    def plain_pass() -> None:
+        run(plain, rows)
+
+    sides = {"late-phase": (passes, one_pass), "plain": (plain_passes, plain_pass)}
+    ratios: dict[str, list[float]] = {name: [] for name in sides}
+    for _, (name, (many, one)) in itertools.product(range(pairs + 1), sides.items()):
+        ratios[name].append(timed(many, device)[0] / timed(one, device)[0])
+    return {name: statistics.quantiles(values[1:], n=4) for name, values in ratios.items()}
 
 
 def checkpoint_sizes() -> dict[str, int]:

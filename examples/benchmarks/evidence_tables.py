@@ -100,7 +100,7 @@ def fine_tuning(
             "member` are the accumulation control."
         ),
         script="run_finetune.py",
-        recipe=f"evidence_finetune_{model}.yaml",
+        recipe=f"evidence_finetune_{'lstm' if model == 'lstm' else 'transformer'}.yaml",
         text=target,
         pretrained=f"{model}_{source}",
         runs=runs,
@@ -126,25 +126,29 @@ def ablations(model: str, source: str, target: str, rate: float) -> Table:
 BASE, ONE, LATE = ["--method=base"], ["--method=one_member"], ["--method=late_phase"]
 SWA, COSINE = ["--swa_start=0.1"], ["--lr_scheduler_type=cosine"]
 SCHEDULE_FREE = ["--method=base", "--lr_scheduler_type=constant", "--optim=schedule_free_adamw"]
-GPT2_DROPOUT = ['--model_config={"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}']
 LSTM_DROPOUT = ['--model_config={"dropout": 0.2}']
-GPT2_RUNS = {
+
+
+def gpt2_dropout(rate: float) -> list[str]:
+    """All three of GPT-2's."""
+    return [f'--model_config={{"resid_pdrop": {rate}, "embd_pdrop": {rate}, "attn_pdrop": {rate}}}']
+
+
+TRANSFORMER_RUNS = {
     "base": [*BASE, *SWA],
     "ema": [*BASE, "--ema_decay=0.98"],
     "cosine": [*BASE, *SWA, *COSINE],
-    "dropout": [*BASE, *SWA, *GPT2_DROPOUT],
     "schedule-free": SCHEDULE_FREE,
     "one": [*ONE, *SWA],
     "one noisy": [*LATE, *SWA, "--num_members=1", "--init_noise=0.15"],
     "late 0": [*LATE, *SWA],
     "late 0.15": [*LATE, *SWA, "--init_noise=0.15"],
 }
-GPT2_ROWS = [
+TRANSFORMER_ROWS = [
     Row("base, linear decay", "base"),
     Row("base, linear decay, SWA", "base", averaged=True),
     Row("base, linear decay, EMA", "ema", averaged=True),
     Row("base, cosine decay, SWA", "cosine", averaged=True),
-    Row("base, dropout 0.1, SWA", "dropout", averaged=True),
     Row("base, schedule-free AdamW", "schedule-free"),
     Row("one member (rank-1), SWA", "one", averaged=True),
     Row("one member (rank-1), σ0 = 0.15, SWA", "one noisy", averaged=True),
@@ -152,6 +156,18 @@ GPT2_ROWS = [
     Row("late-phase rank-1, σ0 = 0.15", "late 0.15", is_late_phase=True),
     Row("late-phase rank-1, σ0 = 0.15, SWA", "late 0.15", averaged=True, is_late_phase=True),
 ]
+GPT2_RUNS = TRANSFORMER_RUNS | {
+    "dropout 0.05": [*BASE, *SWA, *gpt2_dropout(0.05)],
+    "dropout": [*BASE, *SWA, *gpt2_dropout(0.1)],
+}
+GPT2_ROWS = [
+    Row("base, dropout 0.05, SWA", "dropout 0.05", averaged=True),
+    Row("base, dropout 0.1, SWA", "dropout", averaged=True),
+    *TRANSFORMER_ROWS,
+]
+# All the dropout that a llama has.
+LLAMA_RUNS = TRANSFORMER_RUNS | {"dropout": [*BASE, *SWA, '--model_config={"attention_dropout": 0.1}']}
+LLAMA_ROWS = [Row("base, attention dropout 0.1, SWA", "dropout", averaged=True), *TRANSFORMER_ROWS]
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
@@ -201,12 +217,14 @@ ABLATIONS = {
     "cosine decay": [*NOISY, *COSINE],
     "constant rate": [*NOISY, "--lr_scheduler_type=constant_with_warmup"],
 }  # fmt: skip
-GPT2_RATES, LSTM_RATES = [5e-4, 1e-3, 2e-3], [4e-3, 8e-3, 1.6e-2]
+TRANSFORMER_RATES, LSTM_RATES = [5e-4, 1e-3, 2e-3], [4e-3, 8e-3, 1.6e-2]
 TABLES = {
     table.name: table
     for table in (
-        fine_tuning("gpt2", "django", "enwik6", GPT2_RATES, GPT2_RUNS, GPT2_ROWS),
-        fine_tuning("gpt2", "enwik6", "django", GPT2_RATES, GPT2_RUNS, GPT2_ROWS),
+        fine_tuning("gpt2", "django", "enwik6", TRANSFORMER_RATES, GPT2_RUNS, GPT2_ROWS),
+        fine_tuning("gpt2", "enwik6", "django", TRANSFORMER_RATES, GPT2_RUNS, GPT2_ROWS),
+        fine_tuning("llama", "django", "enwik6", TRANSFORMER_RATES, LLAMA_RUNS, LLAMA_ROWS),
+        fine_tuning("llama", "enwik6", "django", TRANSFORMER_RATES, LLAMA_RUNS, LLAMA_ROWS),
         fine_tuning("lstm", "django", "enwik6", LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         fine_tuning("lstm", "enwik6", "django", LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         ablations("gpt2", "django", "enwik6", 1e-3),
