@@ -41,12 +41,9 @@ class _Rank1Product(torch.autograd.Function):
     """`weight * left * right` that keeps no weight-sized intermediate for the backward pass."""
 
     @staticmethod
-    def forward(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight, left, right)
         return _product(weight, left, right)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
@@ -63,19 +60,15 @@ class _Rank1Linear(torch.autograd.Function):
     """A linear layer, of rows `[B, m]`, with a rank-1 product for its weight, of which nothing is kept."""
 
     @staticmethod
-    def forward(
-        rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, transposed: bool
+    def forward(  # type: ignore[override]
+        ctx: Any, rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, transposed: bool
     ) -> Tensor:
+        ctx.save_for_backward(rows, weight, left, right)
+        ctx.transposed, ctx.bias_dtype = transposed, None if bias is None else bias.dtype
         product = _product(weight, left, right)
         if transposed and bias is not None:
             return torch.addmm(bias, rows, product)  # as Conv1D, to the bit
         return F.linear(rows, product.T if transposed else product, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *kept, bias, ctx.transposed = inputs
-        ctx.save_for_backward(*kept)
-        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     @once_differentiable
