@@ -12,13 +12,15 @@ from report import Result
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from hf_latephase import LatePhaseTrainer
+from hf_latephase import LatePhase, LatePhaseTrainer
 from hf_latephase.config import steps_at
 from hf_latephase.data import decode_ids, encode_bytes
-from hf_latephase.scoring import is_recurrent
+from hf_latephase.scoring import Forward, is_recurrent, mean_forward, model_forward
 
 
 RELOAD_TOLERANCE = 1e-5
+# (a model, how it is called unless as it is) -> figures by split
+Scores = Callable[[nn.Module, Forward | None], dict[str, float]]
 
 
 class TextTrainer(LatePhaseTrainer):
@@ -70,23 +72,30 @@ class TextTrainer(LatePhaseTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def result(self, seconds: float, scores: Callable[[nn.Module], dict[str, float]]) -> Result:
+    def result(self, seconds: float, scores: Scores, score_members: bool = False) -> Result:
         """
         What training has achieved, without and with averaging over time.
 
         Args:
             seconds (`float`):
                 How long it took.
-            scores (`Callable[[nn.Module], dict[str, float]]`):
-                The figures of a stock model, by split.
+            scores (`Callable[[nn.Module, Forward | None], dict[str, float]]`):
+                The figures of a model, called as `Forward` says, by split.
+            score_members (`bool`, defaults to `False`):
+                Whether the members' ensemble is scored too.
         """
-        return Result(
+        result = Result(
             method=Path(self.args.output_dir).name,
             minutes=seconds / 60,
-            scores=scores(self.averaged_model(time_averaged=False)),
-            averaged_scores=scores(self.averaged_model()) if self.has_time_average else None,
+            scores=scores(self.averaged_model(time_averaged=False), None),
+            averaged_scores=scores(self.averaged_model(), None) if self.has_time_average else None,
             curve=self.curve(),
         )
+        if score_members and self.late_phase.num_members > 1:
+            with self.late_phase.averaged():  # for its end, which brings back what was active
+                model = self.accelerator.unwrap_model(self.late_phase.model)
+                result.ensemble_scores = scores(model, members_forward(self.late_phase, model))
+        return result
 
     def curve(self) -> list[dict[str, float]]:
         """What `evaluate` has logged so far."""
@@ -96,6 +105,20 @@ class TextTrainer(LatePhaseTrainer):
             for entry in self.state.log_history
             if "eval_bpc" in entry
         ]
+
+
+def members_forward(late_phase: LatePhase, model: nn.Module) -> Forward:
+    """The ensemble of the members: the mean of their predicted probabilities."""
+    forward = model_forward(model, carries_state=is_recurrent(model))
+
+    def of_member(member: int) -> Forward:
+        def predict(input_ids: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+            late_phase.activate(member)
+            return forward(input_ids, state)
+
+        return predict
+
+    return mean_forward([of_member(member) for member in range(late_phase.num_members)])
 
 
 def sample_text(model: PreTrainedModel, prompt: bytes, num_bytes: int, seed: int) -> str:

@@ -30,6 +30,8 @@ class Result:
             By split, in bits per character: the final weights.
         averaged_scores (`dict[str, float]`, *optional*):
             The same of the weights averaged over time in the same run. `None`: no such average was collected.
+        ensemble_scores (`dict[str, float]`, *optional*):
+            The same of the mean of the members' predictions, from the final weights. `None`: not scored.
         curve (`list[dict[str, float]]`):
             Points on the way: `step`, `bpc` (or another measure), and `bpc_averaged` once there is an average.
         details (`dict[str, Any]`):
@@ -40,13 +42,14 @@ class Result:
     minutes: float
     scores: dict[str, float]
     averaged_scores: dict[str, float] | None = None
+    ensemble_scores: dict[str, float] | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
 
 def markdown_table(results: Sequence[Result], average: str) -> str:
     """
-    One row a method: each split without and with averaging over time, and the minutes.
+    One row a method: each split without and with averaging over time, and the minutes. Another of its ensemble.
 
     Args:
         results (`Sequence[Result]`):
@@ -64,6 +67,9 @@ def markdown_table(results: Sequence[Result], average: str) -> str:
         averaged = result.averaged_scores or {}
         cells = [_figure(scores.get(split)) for split in splits for scores in (result.scores, averaged)]
         rows.append([result.method, *cells, f"{result.minutes:.2f}"])
+        if result.ensemble_scores is not None:
+            figures = [cell for split in splits for cell in (_figure(result.ensemble_scores[split]), "")]
+            rows.append([f"{result.method}, ensemble of the members", *figures, ""])
     return format_table(rows)
 
 
@@ -144,13 +150,14 @@ def write_report(results: Sequence[Result], average: str, settings: dict[str, An
         note (`str`):
             How to read the table.
         folder (`Path`):
-            Where the two files go.
+            Where the two files go; made if need be.
 
     Returns:
         `str`: The table with its note, in markdown.
     """
     table = f"{markdown_table(results, average)}\n\n{note}\n"
     content = {"settings": settings, "results": [asdict(result) for result in results]}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(table, encoding="utf-8")
     return table

@@ -40,7 +40,7 @@ from hf_latephase import LatePhaseConfig
 from hf_latephase.config import steps_at
 from hf_latephase.data import BYTE_VOCAB_SIZE, ByteSplits, ByteWindows, encode_bytes, load_bytes
 from hf_latephase.models import LSTMLMConfig
-from hf_latephase.scoring import is_recurrent, score_bytes
+from hf_latephase.scoring import Forward, is_recurrent, score_bytes
 
 
 METHODS = ("late_phase", "base", "one_member", "accumulation")
@@ -78,11 +78,12 @@ class DataArguments:
     stride: int | None = field(
         default=None, metadata={"help": "Bytes scored per window (models without carried state). Default: window / 2."}
     )
+    max_eval_bytes: int | None = field(default=None, metadata={"help": "Score the beginning of the other splits."})
     curve_bytes: int = field(default=50_000, metadata={"help": "Validation bytes scored for the curves on the way."})
     sample_bytes: int = field(default=200, metadata={"help": "Length of the generated sample."})
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "curve_bytes"):
+        for name in ("max_bytes", "max_eval_bytes", "curve_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -101,6 +102,9 @@ class MethodArguments:
     decay_after_start: bool = field(
         default=False,
         metadata={"help": "Keep the rate until T0, then let it fall linearly to 0. Replaces lr_scheduler_type."},
+    )
+    score_members: bool = field(
+        default=False, metadata={"help": "Score the ensemble of the members too, which takes K times as long."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of each method."})
 
@@ -159,23 +163,25 @@ def method_configs(
 
 
 def load_splits(arguments: DataArguments) -> ByteSplits:
-    """The text, cut to `max_bytes` in the proportions of its splits."""
+    """The text, cut to `max_bytes` in the proportions of its splits, what is scored to `max_eval_bytes`."""
     # A flag must be able to replace what a recipe names.
     dataset = arguments.dataset if arguments.data_file is None else None
     splits = load_bytes(arguments.data_file, dataset, arguments.cache_dir)
-    if arguments.max_bytes is None:
-        return splits
-    share = min(1.0, arguments.max_bytes / sum(map(len, splits)))
-    return ByteSplits(*(split[: max(1, int(len(split) * share))] for split in splits))
+    if arguments.max_bytes is not None:
+        share = min(1.0, arguments.max_bytes / sum(map(len, splits)))
+        splits = ByteSplits(*(split[: max(1, int(len(split) * share))] for split in splits))
+    limit = arguments.max_eval_bytes
+    return ByteSplits(splits.train, splits.validation[:limit], splits.test[:limit])
 
 
-def make_scorer(data: DataArguments, show_progress: bool) -> Callable[[nn.Module, Any], float]:
-    """A function from a model and bytes to bits per character."""
+def make_scorer(data: DataArguments, show_progress: bool) -> Callable[..., float]:
+    """A function from a model, bytes and, if it is not called as it is, a `Forward` to bits per character."""
 
-    def score(model: nn.Module, symbols: Any) -> float:
+    def score(model: nn.Module, symbols: Any, forward: Forward | None = None) -> float:
         window = RECURRENT_CHUNK if is_recurrent(model) else data.window
         stride = None if is_recurrent(model) else data.stride
-        return score_bytes(model, symbols, window, stride, disable_tqdm=not show_progress).bits_per_character
+        total = score_bytes(model, symbols, window, stride, forward=forward, disable_tqdm=not show_progress)
+        return total.bits_per_character
 
     return score
 
@@ -209,10 +215,11 @@ def run_method(
 
     score = make_scorer(data, show_progress=is_main and not args.disable_tqdm)
 
-    def scores(model: nn.Module) -> dict[str, float]:
-        return {"validation": score(model, splits.validation), "test": score(model, splits.test)}
+    def scores(model: nn.Module, forward: Forward | None) -> dict[str, float]:
+        watched = {"validation": splits.validation, "test": splits.test}
+        return {name: score(model, symbols, forward) for name, symbols in watched.items()}
 
-    result = trainer.result(metrics["train_runtime"], scores)
+    result = trainer.result(metrics["train_runtime"], scores, methods.score_members)
     if config.num_members > 1:
         members = trainer.evaluate_members()
         result.details["members"] = members

@@ -41,7 +41,7 @@ import hf_latephase.models  # noqa: F401  # makes the LSTM known to the Auto cla
 from hf_latephase import LatePhaseConfig
 from hf_latephase.config import steps_at
 from hf_latephase.data import TokenWindows, load_bytes
-from hf_latephase.scoring import score_bytes
+from hf_latephase.scoring import Forward, score_bytes
 from hf_latephase.weights import find_targets
 
 
@@ -151,14 +151,20 @@ def load_model(arguments: PretrainedArguments, window: int) -> Any:
 
 def make_scorer(
     splits: dict[str, Split], arguments: TextArguments, tokenizer: Any, show_progress: bool
-) -> Callable[[nn.Module, str], float]:
-    """A function from a model and a split's name to bits per byte."""
+) -> Callable[..., float]:
+    """A function from a model, a split's name and, if it is not called as it is, a `Forward` to bits per byte."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
-    def score(model: nn.Module, name: str) -> float:
+    def score(model: nn.Module, name: str, forward: Forward | None = None) -> float:
         split = splits[name]
         total = score_bytes(
-            model, split.ids, arguments.window, arguments.stride, start_id=start or 0, disable_tqdm=not show_progress
+            model,
+            split.ids,
+            arguments.window,
+            arguments.stride,
+            forward=forward,
+            start_id=start or 0,
+            disable_tqdm=not show_progress,
         )
         return total.nll_nats / split.num_bytes / math.log(2)
 
@@ -192,10 +198,10 @@ def run_method(
     checkpoint = get_last_checkpoint(folder) if methods.resume and Path(folder).is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
 
-    def scores(model: nn.Module) -> dict[str, float]:
-        return {name: score(model, name) for name in ("validation", "test")}
+    def scores(model: nn.Module, forward: Forward | None) -> dict[str, float]:
+        return {name: score(model, name, forward) for name in ("validation", "test")}
 
-    result = trainer.result(metrics["train_runtime"], scores)
+    result = trainer.result(metrics["train_runtime"], scores, methods.score_members)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     reloaded, difference = reload_and_check(folder, trainer.averaged_model(), splits["test"].ids[: text.window])

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import evidence
 import pytest
+import run_enwik8
 import run_finetune
-from evidence_tables import TABLES
+import score_ensemble
+from evidence_tables import AVERAGED, ENSEMBLE, TABLES
 from recipe import parse_arguments
 from run_enwik8 import MethodArguments
 from transformers import TrainingArguments
@@ -17,13 +19,11 @@ from transformers import TrainingArguments
 from hf_latephase import LatePhaseConfig
 
 
-TYPES = (
-    run_finetune.PretrainedArguments,
-    run_finetune.TextArguments,
-    MethodArguments,
-    LatePhaseConfig,
-    TrainingArguments,
-)
+TRAINING = (MethodArguments, LatePhaseConfig, TrainingArguments)
+TYPES = {
+    "run_finetune.py": (run_finetune.PretrainedArguments, run_finetune.TextArguments, *TRAINING),
+    "run_enwik8.py": (run_enwik8.LanguageModelArguments, run_enwik8.DataArguments, *TRAINING),
+}
 every_table = pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
 
 
@@ -33,18 +33,22 @@ def test_every_run_parses_and_gives_every_method_equally_many_rows(table, tmp_pa
     for row in table.rows:
         run = evidence.make_run(table, row, table.rates[0], 7, tmp_path)
         flags = [flag for flag in run.arguments if not flag.startswith("--optim=")]  # an optional package
-        *_, methods, config, args = parse_arguments(TYPES, [*flags, f"--output_dir={tmp_path}"])
+        *_, methods, config, args = parse_arguments(TYPES[table.script], [*flags, f"--output_dir={tmp_path}"])
         assert len(methods.method) == 1
         assert (args.seed, args.learning_rate) == (7, table.rates[0])
-        assert row.is_late_phase == (methods.method == ["late_phase"] and config.num_members > 1)
-        assert not row.averaged or config.swa_start is not None or config.ema_decay is not None
-        rows = args.gradient_accumulation_steps * args.per_device_train_batch_size
-        minibatches.add((args.max_steps, rows))
-        if row.is_late_phase and config.member_assignment == "minibatch":
+        replicates = methods.method == ["late_phase"] and config.num_members > 1
+        assert row.is_late_phase == (replicates and row.is_one_model)
+        assert row.figures != AVERAGED or config.swa_start is not None or config.ema_decay is not None
+        assert (row.figures == ENSEMBLE) == methods.score_members
+        minibatches.add(args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size)
+        if replicates and config.member_assignment == "minibatch":
             # An update is one cycle: replication takes none away.
             assert args.gradient_accumulation_steps % config.num_members == 0
-    # As many rows to every update of every method.
+    # Every method sees as much.
     assert len(minibatches) == 1
+    if table.deep_ensemble:
+        (row,) = (row for row in table.rows if row.name == table.deep_ensemble)
+        assert row.figures == AVERAGED  # what a run saves
 
 
 def test_paired_difference() -> None:
@@ -65,20 +69,55 @@ def test_the_rate_is_chosen_on_validation_and_test_figures_of_other_rates_are_no
                 best = {rate: i for i, rate in enumerate([table.rates[1], table.rates[0], *table.rates[2:]])}
                 scores = {"validation": 3 + best[run.labels["rate"]], "test": run.labels["rate"]}
                 result = {"scores": scores, "averaged_scores": {k: -v for k, v in scores.items()}}
+                result["ensemble_scores"] = scores
                 (run.folder / "results.json").write_text(json.dumps({"results": [{}, result]}))
                 (run.folder / "finished").touch()
 
     monkeypatch.setattr(evidence, "run_all", run_all)
     rows = evidence.fill(table, tmp_path, 1)
-    plain = next(row.name for row in table.rows if not row.averaged)
+    plain = next(row.name for row in table.rows if row.figures == "scores")
     assert rows[plain]["rate"] == table.rates[1]
     assert rows[plain]["test"] == [table.rates[1]] * len(table.seeds)
     assert set(rows[plain]) == {"validation by rate", "rate", "seeds", "validation", "test"}
-    averaged = next(row.name for row in table.rows if row.averaged)
+    averaged = next(row.name for row in table.rows if row.figures == AVERAGED)
     assert rows[averaged]["rate"] == table.rates[-1]  # the sign is turned there
     before = len(ran)
     assert evidence.fill(table, tmp_path, 1) == rows
     assert len(ran) == before  # nothing runs twice
+
+
+def test_an_ensemble_is_no_strongest_control() -> None:
+    table = TABLES["finetune_gpt2_enwik6"]
+    rows = {row.name: {"test": [2.0, 2.0]} for row in table.rows}
+    (ensemble,) = (row.name for row in table.rows if row.figures == ENSEMBLE)
+    rows[ensemble]["test"] = [1.0, 1.0]
+    rows["base, linear decay"]["test"] = [1.5, 1.5]
+    assert evidence.best_of(table, rows, late_phase=False, split="test") == "base, linear decay"
+
+
+@pytest.mark.parametrize("name", ["finetune_gpt2_enwik6", "scratch_lstm_django"])
+def test_the_deep_ensemble_takes_every_seed_at_the_chosen_rate(name, tmp_path, monkeypatch) -> None:
+    table, ran = TABLES[name], []
+
+    def run_all(runs, workers):
+        ran.extend(runs)
+        for run in runs:
+            run.folder.mkdir(parents=True)
+            results = [{"scores": {"validation": 9.0, "test": 9.0}}, {"scores": {"validation": 1.0, "test": 2.0}}]
+            (run.folder / "results.json").write_text(json.dumps({"results": results}))
+
+    monkeypatch.setattr(evidence, "run_all", run_all)
+    rate = table.rates[1]
+    figures = evidence.deep_ensemble(table, {table.deep_ensemble: {"rate": rate}}, tmp_path)
+    assert figures == {"validation": 1.0, "test": 2.0}
+    (run,) = ran
+    types = (score_ensemble.EnsembleArguments, run_finetune.TextArguments, TrainingArguments)
+    ensemble, text, _ = parse_arguments(types, [*run.arguments, f"--output_dir={tmp_path}"])
+    (row,) = (row for row in table.rows if row.name == table.deep_ensemble)
+    folders = [evidence.make_run(table, row, rate, seed, tmp_path).folder for seed in table.seeds]
+    assert ensemble.models == [str(folder / "base") for folder in folders]
+    # As the runs themselves are scored.
+    assert (text.window, text.max_eval_tokens) == ((64, 50_000) if "gpt2" in name else (100, 50_000))
 
 
 def test_report_is_made_from_the_figures() -> None:
@@ -106,7 +145,7 @@ def test_recommended_settings_are_those_of_the_figures() -> None:
     assert f"{means[0]} bits per byte, the strongest control {means[1]}" in words
     # Ahead of every control, by an interval that excludes zero: what the README says.
     for row in table.rows:
-        if not row.is_late_phase:
+        if not row.is_late_phase and row.is_one_model:
             mean, width = evidence.difference(rows[row.name]["test"], rows[late]["test"])
             assert mean - width > 0, row.name
 

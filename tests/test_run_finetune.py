@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import score_ensemble
 import torch
+from byte_lm import members_forward
 from datasets import Dataset
 from recipe import parse_arguments
 from run_enwik8 import MethodArguments
@@ -21,7 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_latephase import LatePhaseConfig
+from hf_latephase import LatePhase, LatePhaseConfig
+from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
+from hf_latephase.scoring import score_bytes
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
@@ -145,3 +149,77 @@ def test_the_recipe_is_one_cycle_an_update(tmp_path):
     arguments = [str(RECIPES / "finetune.yaml"), "--model=x", f"--output_dir={tmp_path}"]
     *_, config, args = parse_arguments(types, arguments)
     assert args.gradient_accumulation_steps % config.num_members == 0
+
+
+@pytest.mark.parametrize("chunk", [5, 30])
+@pytest.mark.parametrize("kind", ["lstm", "gpt2"])
+def test_the_ensemble_of_members_is_the_mean_of_their_probabilities(kind, chunk):
+    torch.manual_seed(0)
+    if kind == "lstm":
+        model = LSTMForCausalLM(LSTMLMConfig(embedding_size=4, hidden_size=8))
+    else:
+        config = GPT2Config(
+            vocab_size=259, n_embd=8, n_layer=1, n_head=2, n_positions=31, bos_token_id=1, eos_token_id=1,
+            initializer_range=0.5,  # far from uniform, so that members differ
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config)
+    late_phase = LatePhase(model, LatePhaseConfig(num_members=3, init_noise=1.0))
+    late_phase.release(torch.Generator().manual_seed(1))
+    ids = np.random.default_rng(0).integers(3, 259, 30)
+    own = torch.tensor(ids)
+    inputs = torch.cat([torch.tensor([1]), own[:-1]])[None]
+    model.eval()
+    total = torch.zeros(30)
+    for member in range(3):
+        late_phase.activate(member)
+        with torch.no_grad():
+            if kind == "lstm" or chunk == 30:
+                logits = model(input_ids=inputs).logits[0]
+            else:  # windows that do not overlap
+                logits = model(input_ids=inputs.view(-1, chunk)).logits.flatten(0, 1)
+        total += logits.softmax(-1).gather(1, own[:, None])[:, 0] / 3
+    forward = members_forward(late_phase, model)
+    score = score_bytes(model, ids, chunk, forward=forward, disable_tqdm=True)
+    assert score.nll_nats == pytest.approx(-total.log().sum().item(), rel=1e-5)
+    late_phase.activate(0)
+    alone = score_bytes(model, ids, chunk, disable_tqdm=True)
+    assert score.nll_nats != pytest.approx(alone.nll_nats, rel=1e-3)
+
+
+@pytest.mark.parametrize("pretrained", ["bytes"], indirect=True)
+def test_the_members_ensemble_is_scored_on_demand(pretrained, flags, tmp_path):
+    more = ["--init_noise", "0.3", "--score_members", "true", "--swa_start", "0.5"]
+    main([*flags, *more, "--method", "late_phase", "base"])
+    _, late, base = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["results"]
+    assert late["ensemble_scores"] != late["scores"]
+    assert late["ensemble_scores"]["test"] == pytest.approx(late["scores"]["test"], rel=0.05)
+    assert base["ensemble_scores"] is None
+    assert "late_phase, ensemble of the members" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("pretrained", ["bytes"], indirect=True)
+def test_a_deep_ensemble_is_the_mean_of_its_models_probabilities(pretrained, text, tmp_path):
+    folder, tokenizer = pretrained
+    torch.manual_seed(5)
+    other = GPT2LMHeadModel(AutoModelForCausalLM.from_pretrained(folder).config)
+    other.save_pretrained(tmp_path / "other")
+    flags = ["--data_file", str(text), "--window", str(WINDOW), "--output_dir", str(tmp_path / "both"), "--use_cpu"]
+    score_ensemble.main([*flags, "--disable_tqdm", "true", "--models", str(folder), str(tmp_path / "other")])
+    results = json.loads((tmp_path / "both" / "results.json").read_text(encoding="utf-8"))["results"]
+    assert [result["method"] for result in results] == [str(folder), str(tmp_path / "other"), "ensemble"]
+    content = text.read_bytes()
+    test = content[len(content) * 95 // 100 :].decode(errors="ignore")
+    ids = tokenizer(test, add_special_tokens=False)["input_ids"]
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "other")]
+
+    class Mean:
+        def __call__(self, inputs):
+            probabilities = sum(model(inputs).logits.double().softmax(-1) for model in models) / 2
+            return type("Output", (), {"logits": probabilities.log()})()
+
+    for result, model in zip(results, (*models, Mean()), strict=True):
+        expected = bits_per_byte(model, ids, len(test.encode()), tokenizer.eos_token_id)
+        assert result["scores"]["test"] == pytest.approx(expected, rel=1e-5)
+    assert len({result["scores"]["test"] for result in results}) == 3
+    with pytest.raises(ValueError, match="at least two"):
+        score_ensemble.main([*flags, "--models", str(folder)])

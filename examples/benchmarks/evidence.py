@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evidence_tables import TABLES, Row, Table
+import yaml
+from evidence_tables import TABLES, Row, Table, text_file
 from runs import EXAMPLES, README, Run, environment, markdown, put_into_readme, run_all, spread
 from scipy.stats import t as student
 from transformers import HfArgumentParser
@@ -27,6 +28,7 @@ from transformers import HfArgumentParser
 
 FIGURES = Path(__file__).with_name("evidence")
 RESULTS = Path(__file__).with_name("RESULTS.md")
+SPLITS = ("validation", "test")
 INTRODUCTION = Path(__file__).with_name("evidence") / "introduction.md"
 
 
@@ -58,8 +60,7 @@ def read(run: Run, row: Row) -> dict[str, float]:
     """The figures of a row, by split."""
     report = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
     result = report["results"][-1]  # scores before fine-tuning come first
-    scores = result["averaged_scores"] if row.averaged else result["scores"]
-    return {split: scores[split] for split in ("validation", "test")}
+    return {split: result[row.figures][split] for split in SPLITS}
 
 
 def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
@@ -94,6 +95,20 @@ def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
     }
 
 
+def deep_ensemble(table: Table, rows: dict[str, Any], folder: Path) -> dict[str, float]:
+    """The figures of a row's models of all seeds together, by split: as many times the training and the inference."""
+    (row,) = (row for row in table.rows if row.name == table.deep_ensemble)
+    runs = [make_run(table, row, rows[row.name]["rate"], seed, folder) for seed in table.seeds]
+    recipe = yaml.safe_load((EXAMPLES / "recipes" / table.recipe).read_text(encoding="utf-8"))
+    reading = {"window": "window", "stride": "stride", "max_eval_tokens": "max_eval_tokens"}
+    reading["max_eval_bytes"] = "max_eval_tokens"  # a token is a byte
+    flags = [f"--{flag}={recipe[name]}" for name, flag in reading.items() if name in recipe]
+    flags += [f"--data_file={text_file(table.text, folder)}", "--models", *(str(run.folder / "base") for run in runs)]
+    together = Run(folder / table.name / "deep_ensemble", "score_ensemble.py", flags, {})
+    run_all([together], 1)
+    return read(together, Row("deep ensemble", "base"))
+
+
 def _distinct(runs: Any) -> list[Run]:
     return list({run.folder: run for run in runs}.values())
 
@@ -106,8 +121,8 @@ def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, flo
 
 
 def best_of(table: Table, rows: dict[str, Any], late_phase: bool, split: str) -> str:
-    """The best row on a split, of those that replicate weights or of those that do not."""
-    names = [row.name for row in table.rows if row.is_late_phase == late_phase]
+    """The best single model on a split, of those that replicate weights or of those that do not."""
+    names = [row.name for row in table.rows if row.is_late_phase == late_phase and row.is_one_model]
     return min(names, key=lambda name: statistics.mean(rows[name][split]))
 
 
@@ -129,7 +144,13 @@ def section(table: Table, record: dict[str, Any]) -> str:
     seeds = len(next(iter(rows.values()))["seeds"])
     text = f"{table.description} {seeds} seeds; bits per byte, lower is better; mean ± standard deviation, and in the "
     text += "last column the paired difference with its 95 % interval: positive means that late-phase is better.\n"
-    return "\n".join([f"## {table.title}\n", text, markdown(header, 1, lines), f"    {record['command']}\n"])
+    parts = [f"## {table.title}\n", text, markdown(header, 1, lines)]
+    if together := record.get("deep ensemble"):
+        parts.append(
+            f"Deep ensemble of the {seeds} models of “{table.deep_ensemble}” (mean of their predictions, at {seeds} "
+            f"times the cost): {together['validation']:.3f} validation, {together['test']:.3f} test.\n"
+        )
+    return "\n".join([*parts, f"    {record['command']}\n"])
 
 
 def recorded() -> dict[str, dict[str, Any]]:
@@ -167,10 +188,12 @@ def main() -> None:
     for name in arguments.tables:
         table, folder = TABLES[name], Path(arguments.output_dir)
         table.prepare(folder)
+        rows = fill(table, folder, arguments.workers)
         record = {
             "command": f"python examples/benchmarks/evidence.py --tables {name}",
             "environment": environment() | versions(),
-            "rows": fill(table, folder, arguments.workers),
+            "rows": rows,
+            "deep ensemble": deep_ensemble(table, rows, folder) if table.deep_ensemble else None,
         }
         FIGURES.mkdir(exist_ok=True)
         (FIGURES / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,8 @@ from runs import EXAMPLES, Run, run_all
 from texts import write_text
 
 
+# What is read out of a run.
+FINAL, AVERAGED, ENSEMBLE = "scores", "averaged_scores", "ensemble_scores"
 SHARED = EXAMPLES.parents[1] / "shared" / "data"
 
 
@@ -21,14 +23,19 @@ class Row:
     Attributes:
         name (`str`): What it is called.
         run (`str`): The run that it is read out of, a key of the table's `runs`.
-        averaged (`bool`): Whether it is the average over time (SWA, EMA) of that run.
-        is_late_phase (`bool`): Whether weights are replicated.
+        figures (`str`): Those of the final weights, of the average over time (SWA, EMA) or of the members' ensemble.
+        is_late_phase (`bool`): Whether weights are replicated, and their mean is the model.
     """
 
     name: str
     run: str
-    averaged: bool = False
+    figures: str = FINAL
     is_late_phase: bool = False
+
+    @property
+    def is_one_model(self) -> bool:
+        """Whether it costs what one model costs, and so may be held against late-phase weights."""
+        return self.figures != ENSEMBLE
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Table:
         rows (`list[Row]`): The lines.
         rates (`list[float]`): Learning rates to choose from.
         seeds (`list[int]`): The first chooses the rates.
+        deep_ensemble (`str`, *optional*): The row whose models, of all seeds, are scored together too.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Table:
     rows: list[Row]
     rates: list[float]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    deep_ensemble: str | None = "base, linear decay, SWA"
 
     def flags(self, folder: Path) -> list[str]:
         """What all runs have in common."""
@@ -109,9 +118,29 @@ def fine_tuning(
     )
 
 
+def from_scratch(model: str, text: str, rates: list[float], runs: dict[str, list[str]], rows: list[Row]) -> Table:
+    """A small model trained on a part of a text that is too large to overfit."""
+    return Table(
+        name=f"scratch_{model}_{text}",
+        title=f"Training {model} from scratch on {text}",
+        description=(
+            f"A small {model}, initialised for each seed, trained on {text} for less than a pass. Every update takes "
+            "five minibatches, but in the row that says otherwise: replication takes no update away, `base` and `one "
+            "member` are the accumulation control. T0 = 0.6, SWA from there on."
+        ),
+        script="run_enwik8.py",
+        recipe=f"evidence_scratch_{model}.yaml",
+        text=text,
+        pretrained=None,
+        runs=runs,
+        rows=rows,
+        rates=rates,
+    )
+
+
 def ablations(model: str, source: str, target: str, rate: float) -> Table:
     """The settings of the fine-tuning table, one at a time, at its rate."""
-    rows = [Row(name, name, averaged=True, is_late_phase=True) for name in ABLATIONS]
+    rows = [Row(name, name, figures=AVERAGED, is_late_phase=True) for name in ABLATIONS]
     table = fine_tuning(model, source, target, [rate], ABLATIONS, rows)
     return dataclasses.replace(
         table,
@@ -120,12 +149,14 @@ def ablations(model: str, source: str, target: str, rate: float) -> Table:
         description=table.description
         + " One setting at a time differs from those of the first row, SWA of each; at one rate.",
         seeds=[0, 1, 2],
+        deep_ensemble=None,
     )
 
 
 BASE, ONE, LATE = ["--method=base"], ["--method=one_member"], ["--method=late_phase"]
 SWA, COSINE = ["--swa_start=0.1"], ["--lr_scheduler_type=cosine"]
 SCHEDULE_FREE = ["--method=base", "--lr_scheduler_type=constant", "--optim=schedule_free_adamw"]
+BATCH_ENSEMBLE = [*LATE, "--late_phase_start=0", "--init_noise=0.15", "--score_members=true"]
 LSTM_DROPOUT = ['--model_config={"dropout": 0.2}']
 
 
@@ -143,31 +174,33 @@ TRANSFORMER_RUNS = {
     "one noisy": [*LATE, *SWA, "--num_members=1", "--init_noise=0.15"],
     "late 0": [*LATE, *SWA],
     "late 0.15": [*LATE, *SWA, "--init_noise=0.15"],
+    "batch ensemble": BATCH_ENSEMBLE,
 }
 TRANSFORMER_ROWS = [
     Row("base, linear decay", "base"),
-    Row("base, linear decay, SWA", "base", averaged=True),
-    Row("base, linear decay, EMA", "ema", averaged=True),
-    Row("base, cosine decay, SWA", "cosine", averaged=True),
+    Row("base, linear decay, SWA", "base", figures=AVERAGED),
+    Row("base, linear decay, EMA", "ema", figures=AVERAGED),
+    Row("base, cosine decay, SWA", "cosine", figures=AVERAGED),
     Row("base, schedule-free AdamW", "schedule-free"),
-    Row("one member (rank-1), SWA", "one", averaged=True),
-    Row("one member (rank-1), σ0 = 0.15, SWA", "one noisy", averaged=True),
-    Row("late-phase rank-1, σ0 = 0, SWA", "late 0", averaged=True, is_late_phase=True),
+    Row("one member (rank-1), SWA", "one", figures=AVERAGED),
+    Row("one member (rank-1), σ0 = 0.15, SWA", "one noisy", figures=AVERAGED),
+    Row("late-phase rank-1, σ0 = 0, SWA", "late 0", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, σ0 = 0.15", "late 0.15", is_late_phase=True),
-    Row("late-phase rank-1, σ0 = 0.15, SWA", "late 0.15", averaged=True, is_late_phase=True),
+    Row("late-phase rank-1, σ0 = 0.15, SWA", "late 0.15", figures=AVERAGED, is_late_phase=True),
+    Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE),
 ]
 GPT2_RUNS = TRANSFORMER_RUNS | {
     "dropout 0.05": [*BASE, *SWA, *gpt2_dropout(0.05)],
     "dropout": [*BASE, *SWA, *gpt2_dropout(0.1)],
 }
 GPT2_ROWS = [
-    Row("base, dropout 0.05, SWA", "dropout 0.05", averaged=True),
-    Row("base, dropout 0.1, SWA", "dropout", averaged=True),
+    Row("base, dropout 0.05, SWA", "dropout 0.05", figures=AVERAGED),
+    Row("base, dropout 0.1, SWA", "dropout", figures=AVERAGED),
     *TRANSFORMER_ROWS,
 ]
 # All the dropout that a llama has.
 LLAMA_RUNS = TRANSFORMER_RUNS | {"dropout": [*BASE, *SWA, '--model_config={"attention_dropout": 0.1}']}
-LLAMA_ROWS = [Row("base, attention dropout 0.1, SWA", "dropout", averaged=True), *TRANSFORMER_ROWS]
+LLAMA_ROWS = [Row("base, attention dropout 0.1, SWA", "dropout", figures=AVERAGED), *TRANSFORMER_ROWS]
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
@@ -177,19 +210,60 @@ LSTM_RUNS = {
     "late 0.3": [*LATE, *SWA, "--init_noise=0.3"],
     "late 0 dropout": [*LATE, *SWA, *LSTM_DROPOUT],
     "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, "--init_noise=0.15"],
+    "batch ensemble": [*BATCH_ENSEMBLE, *LSTM_DROPOUT],
 }
 LSTM_ROWS = [
     Row("base, linear decay", "base"),
-    Row("base, linear decay, SWA", "base", averaged=True),
+    Row("base, linear decay, SWA", "base", figures=AVERAGED),
     Row("base, dropout 0.2, linear decay", "dropout"),
-    Row("base, dropout 0.2, linear decay, SWA", "dropout", averaged=True),
+    Row("base, dropout 0.2, linear decay, SWA", "dropout", figures=AVERAGED),
     Row("base, dropout 0.2, cosine decay", "dropout cosine"),
     Row("base, dropout 0.2, schedule-free AdamW", "schedule-free"),
     Row("one member (rank-1), dropout 0.2", "one dropout"),
     Row("late-phase rank-1, σ0 = 0.3", "late 0.3", is_late_phase=True),
-    Row("late-phase rank-1, σ0 = 0.3, SWA", "late 0.3", averaged=True, is_late_phase=True),
+    Row("late-phase rank-1, σ0 = 0.3, SWA", "late 0.3", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
+    Row("BatchEnsemble, dropout 0.2, five predictions", "batch ensemble", figures=ENSEMBLE),
+]
+SCRATCH_SWA, CONSTANT = ["--swa_start=0.6"], ["--lr_scheduler_type=constant_with_warmup"]
+SCRATCH_RUNS = {
+    "base": [*BASE, *SCRATCH_SWA],
+    "ema": [*BASE, "--ema_decay=0.98"],
+    "cosine": [*BASE, *SCRATCH_SWA, *COSINE],
+    "constant": [*BASE, *SCRATCH_SWA, *CONSTANT],
+    "often": [*BASE, *SCRATCH_SWA, "--gradient_accumulation_steps=1", "--max_steps=2000", "--warmup_steps=200"],
+    "schedule-free": SCHEDULE_FREE,
+    "one": [*ONE, *SCRATCH_SWA],
+    "late": [*LATE, *SCRATCH_SWA],
+    "late constant": [*LATE, *SCRATCH_SWA, *CONSTANT],
+    "late 0.15": [*LATE, *SCRATCH_SWA, "--init_noise=0.15"],
+    "batch ensemble": [*BATCH_ENSEMBLE, "--init_noise=0.5"],
+}
+SCRATCH_ROWS = [
+    Row("base, constant rate, SWA", "constant", figures=AVERAGED),
+    Row("base, linear decay", "base"),
+    Row("base, linear decay, SWA", "base", figures=AVERAGED),
+    Row("base, linear decay, EMA", "ema", figures=AVERAGED),
+    Row("base, cosine decay", "cosine"),
+    Row("base, schedule-free AdamW", "schedule-free"),
+    Row("base, linear decay, an update each minibatch", "often"),
+    Row("one member (rank-1), linear decay", "one"),
+    Row("one member (rank-1), linear decay, SWA", "one", figures=AVERAGED),
+    Row("late-phase rank-1, linear decay", "late", is_late_phase=True),
+    Row("late-phase rank-1, linear decay, SWA", "late", figures=AVERAGED, is_late_phase=True),
+    Row("late-phase rank-1, constant rate, SWA", "late constant", figures=AVERAGED, is_late_phase=True),
+    Row("late-phase rank-1, σ0 = 0.15, linear decay", "late 0.15", is_late_phase=True),
+    Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE),
+]
+# What a transformer has and the LSTM has not: norm layers.
+NORM_RUNS = {
+    "norm": [*LATE, *SCRATCH_SWA, "--weights", "norm"],
+    "both": [*LATE, *SCRATCH_SWA, "--weights", "norm", "rank1"],
+}
+NORM_ROWS = [
+    Row("late-phase norm, linear decay", "norm", is_late_phase=True),
+    Row("late-phase norm and rank-1, linear decay", "both", is_late_phase=True),
 ]
 # One setting at a time beside that of the table above; of the ten members an update takes ten smaller minibatches.
 NOISY = [*LATE, *SWA, "--init_noise=0.15"]
@@ -217,6 +291,7 @@ ABLATIONS = {
     "cosine decay": [*NOISY, *COSINE],
     "constant rate": [*NOISY, "--lr_scheduler_type=constant_with_warmup"],
 }  # fmt: skip
+SCRATCH_RATES = [2e-3, 4e-3, 8e-3]
 TRANSFORMER_RATES, LSTM_RATES = [5e-4, 1e-3, 2e-3], [4e-3, 8e-3, 1.6e-2]
 TABLES = {
     table.name: table
@@ -227,6 +302,8 @@ TABLES = {
         fine_tuning("llama", "enwik6", "django", TRANSFORMER_RATES, LLAMA_RUNS, LLAMA_ROWS),
         fine_tuning("lstm", "django", "enwik6", LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         fine_tuning("lstm", "enwik6", "django", LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
+        from_scratch("lstm", "django", LSTM_RATES, SCRATCH_RUNS, SCRATCH_ROWS),
+        from_scratch("gpt2", "django", SCRATCH_RATES, SCRATCH_RUNS | NORM_RUNS, [*SCRATCH_ROWS, *NORM_ROWS]),
         ablations("gpt2", "django", "enwik6", 1e-3),
     )
 }
