@@ -7,17 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import noisy_quadratic
 import numpy as np
 import pytest
+import quadratic_theory
 import torch
-from noisy_quadratic import (
-    Arguments,
+from noisy_quadratic import Arguments, main
+from quadratic_theory import (
     Method,
     NoisyQuadratic,
     contraction,
     late_phase,
-    main,
     methods,
     simulate,
     steady_state_loss,
@@ -363,4 +362,4 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_examples_of_the_docstrings() -> None:
-    assert doctest.testmod(noisy_quadratic) == (0, 4)
+    assert doctest.testmod(quadratic_theory) == (0, 4)
