@@ -281,6 +281,15 @@ def test_max_bytes_keeps_the_proportions(text):
     assert list(map(len, load_splits(DataArguments(data_file=str(text), max_bytes=10**9)))) == list(map(len, whole))
 
 
+def test_max_eval_bytes_shortens_what_is_scored_only(text):
+    whole = load_splits(DataArguments(data_file=str(text)))
+    short = load_splits(DataArguments(data_file=str(text), max_eval_bytes=30))
+    assert np.array_equal(short.train, whole.train)
+    assert np.array_equal(short.validation, whole.validation[:30]) and np.array_equal(short.test, whole.test[:30])
+    with pytest.raises(ValueError, match="max_eval_bytes must be at least 1"):
+        DataArguments(max_eval_bytes=0)
+
+
 def test_a_saved_model_that_differs_is_noticed(tmp_path):
     config = build_config(LanguageModelArguments(model_config=json.loads(TINY_LSTM)), window=8)
     model, other = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)

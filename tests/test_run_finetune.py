@@ -223,3 +223,19 @@ def test_a_deep_ensemble_is_the_mean_of_its_models_probabilities(pretrained, tex
     assert len({result["scores"]["test"] for result in results}) == 3
     with pytest.raises(ValueError, match="at least two"):
         score_ensemble.main([*flags, "--models", str(folder)])
+
+
+def test_a_deep_ensemble_of_lstms_reads_on(text, tmp_path):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        LSTMForCausalLM(LSTMLMConfig(embedding_size=4, hidden_size=8)).save_pretrained(folder)
+        ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    scores = []
+    for window in (8, 1000):  # in chunks, and in one go
+        out = tmp_path / f"out-{window}"
+        flags = ["--data_file", str(text), "--window", str(window), "--output_dir", str(out), "--use_cpu"]
+        score_ensemble.main([*flags, "--disable_tqdm", "true", "--models", *map(str, folders)])
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
+        scores.append([result["scores"]["test"] for result in results])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
