@@ -125,8 +125,12 @@ def test_the_larger_text_is_all_pages_and_verified(package, tmp_path, monkeypatc
     pages = {b"docs/a.txt": b"ant", b"docs/b.txt": b"bee"}
     expected = b"\n".join(pages[name] for name in sorted(pages, key=lambda name: hashlib.sha256(name).digest()))
     monkeypatch.setattr(texts, "SHA256", hashlib.sha256(expected).hexdigest())
+    for _ in range(2):
+        texts.write_text(path)
+        assert path.read_bytes() == expected
+        assert list(path.parent.iterdir()) == [path]  # nothing half-written
+        path.write_bytes(b"another text")
     texts.write_text(path)
-    assert path.read_bytes() == expected
     # A text that is there is not fetched again.
     monkeypatch.setattr(texts.subprocess, "run", None)
     texts.write_text(path)
