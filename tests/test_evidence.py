@@ -87,7 +87,7 @@ def test_the_rate_is_chosen_on_validation_and_test_figures_of_other_rates_are_no
 
 
 def test_an_ensemble_is_no_strongest_control() -> None:
-    table = TABLES["finetune_gpt2_enwik6"]
+    table = TABLES["finetune_gpt2_enwik6_60kb"]
     rows = {row.name: {"test": [2.0, 2.0]} for row in table.rows}
     (ensemble,) = (row.name for row in table.rows if row.figures == ENSEMBLE)
     rows[ensemble]["test"] = [1.0, 1.0]
@@ -95,7 +95,7 @@ def test_an_ensemble_is_no_strongest_control() -> None:
     assert evidence.best_of(table, rows, late_phase=False, split="test") == "base, linear decay"
 
 
-@pytest.mark.parametrize("name", ["finetune_gpt2_enwik6", "scratch_lstm_django"])
+@pytest.mark.parametrize("name", ["finetune_gpt2_enwik6_60kb", "scratch_lstm_django"])
 def test_the_deep_ensemble_takes_every_seed_at_the_chosen_rate(name, tmp_path, monkeypatch) -> None:
     table, ran = TABLES[name], []
 
@@ -134,7 +134,7 @@ def test_report_is_made_from_the_figures() -> None:
 
 
 def test_recommended_settings_are_those_of_the_figures() -> None:
-    name = "finetune_gpt2_enwik6"
+    name = "finetune_gpt2_enwik6_60kb"
     table, rows = TABLES[name], evidence.recorded()[name]["rows"]
     late = evidence.best_of(table, rows, late_phase=True, split="validation")
     control = evidence.best_of(table, rows, late_phase=False, split="test")

@@ -1,7 +1,7 @@
 """
 The evidence: what replicating weights adds to what the same minibatches buy without it.
 
-    python examples/benchmarks/evidence.py --tables finetune_lstm_enwik6 finetune_gpt2_enwik6
+    python examples/benchmarks/evidence.py --tables finetune_lstm_enwik6_60kb finetune_gpt2_enwik6_60kb
 
 A table (see `evidence_tables.py`) compares methods over the same minibatches. For each of its rows the learning rate
 is chosen on the validation split with the first seed; all seeds then run at that rate. The test split is read only

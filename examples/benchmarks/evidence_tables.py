@@ -51,6 +51,7 @@ class Table:
         runs (`dict[str, list[str]]`): The flags of each run.
         rows (`list[Row]`): The lines.
         rates (`list[float]`): Learning rates to choose from.
+        common (`list[str]`): Flags that all runs share.
         seeds (`list[int]`): The first chooses the rates.
         deep_ensemble (`str`, *optional*): The row whose models, of all seeds, are scored together too.
     """
@@ -65,12 +66,13 @@ class Table:
     runs: dict[str, list[str]]
     rows: list[Row]
     rates: list[float]
+    common: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     deep_ensemble: str | None = "base, linear decay, SWA"
 
     def flags(self, folder: Path) -> list[str]:
         """What all runs have in common."""
-        flags = [f"--data_file={text_file(self.text, folder)}"]
+        flags = [f"--data_file={text_file(self.text, folder)}", *self.common]
         return flags + ([f"--model={pretrained_folder(self.pretrained, folder)}"] if self.pretrained else [])
 
     def prepare(self, folder: Path) -> None:
@@ -97,14 +99,20 @@ def pretrained_folder(pretrained: str, folder: Path) -> Path:
 
 
 def fine_tuning(
-    model: str, source: str, target: str, rates: list[float], runs: dict[str, list[str]], rows: list[Row]
+    model: str,
+    source: str,
+    target: str,
+    kilobytes: int,
+    rates: list[float],
+    runs: dict[str, list[str]],
+    rows: list[Row],
 ) -> Table:
     """A small model, trained on one text, fine-tuned on little of another."""
     return Table(
-        name=f"finetune_{model}_{target}",
-        title=f"Fine-tuning {model} on 60 KB of {target}",
+        name=f"finetune_{model}_{target}_{kilobytes}kb",
+        title=f"Fine-tuning {model} on {kilobytes} KB of {target}",
         description=(
-            f"A small {model} pretrained on {source} and fine-tuned on the first 60,000 bytes of {target}. Every "
+            f"A small {model} pretrained on {source}, fine-tuned on the first {kilobytes},000 bytes of {target}. Every "
             "update of every method takes five minibatches: replication takes no update away, and `base` and `one "
             "member` are the accumulation control."
         ),
@@ -115,6 +123,7 @@ def fine_tuning(
         runs=runs,
         rows=rows,
         rates=rates,
+        common=[f"--max_train_tokens={kilobytes}000"],
     )
 
 
@@ -141,7 +150,7 @@ def from_scratch(model: str, text: str, rates: list[float], runs: dict[str, list
 def ablations(model: str, source: str, target: str, rate: float) -> Table:
     """The settings of the fine-tuning table, one at a time, at its rate."""
     rows = [Row(name, name, figures=AVERAGED, is_late_phase=True) for name in ABLATIONS]
-    table = fine_tuning(model, source, target, [rate], ABLATIONS, rows)
+    table = fine_tuning(model, source, target, 60, [rate], ABLATIONS, rows)
     return dataclasses.replace(
         table,
         name=f"ablations_{model}_{target}",
@@ -165,42 +174,44 @@ def gpt2_dropout(rate: float) -> list[str]:
     return [f'--model_config={{"resid_pdrop": {rate}, "embd_pdrop": {rate}, "attn_pdrop": {rate}}}']
 
 
-TRANSFORMER_RUNS = {
-    "base": [*BASE, *SWA],
-    "ema": [*BASE, "--ema_decay=0.98"],
-    "cosine": [*BASE, *SWA, *COSINE],
-    "schedule-free": SCHEDULE_FREE,
-    "one": [*ONE, *SWA],
-    "one noisy": [*LATE, *SWA, "--num_members=1", "--init_noise=0.15"],
-    "late 0": [*LATE, *SWA],
-    "late 0.15": [*LATE, *SWA, "--init_noise=0.15"],
-    "batch ensemble": BATCH_ENSEMBLE,
-}
-TRANSFORMER_ROWS = [
-    Row("base, linear decay", "base"),
-    Row("base, linear decay, SWA", "base", figures=AVERAGED),
-    Row("base, linear decay, EMA", "ema", figures=AVERAGED),
-    Row("base, cosine decay, SWA", "cosine", figures=AVERAGED),
-    Row("base, schedule-free AdamW", "schedule-free"),
-    Row("one member (rank-1), SWA", "one", figures=AVERAGED),
-    Row("one member (rank-1), σ0 = 0.15, SWA", "one noisy", figures=AVERAGED),
-    Row("late-phase rank-1, σ0 = 0, SWA", "late 0", figures=AVERAGED, is_late_phase=True),
-    Row("late-phase rank-1, σ0 = 0.15", "late 0.15", is_late_phase=True),
-    Row("late-phase rank-1, σ0 = 0.15, SWA", "late 0.15", figures=AVERAGED, is_late_phase=True),
-    Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE),
-]
-GPT2_RUNS = TRANSFORMER_RUNS | {
-    "dropout 0.05": [*BASE, *SWA, *gpt2_dropout(0.05)],
-    "dropout": [*BASE, *SWA, *gpt2_dropout(0.1)],
-}
-GPT2_ROWS = [
-    Row("base, dropout 0.05, SWA", "dropout 0.05", figures=AVERAGED),
-    Row("base, dropout 0.1, SWA", "dropout", figures=AVERAGED),
-    *TRANSFORMER_ROWS,
-]
+def transformer_runs(noise: float, dropout: dict[str, list[str]]) -> dict[str, list[str]]:
+    """All methods, with a σ0, beside the base with dropout of several strengths."""
+    noisy = f"--init_noise={noise}"
+    return {
+        "base": [*BASE, *SWA],
+        "ema": [*BASE, "--ema_decay=0.98"],
+        "cosine": [*BASE, *SWA, *COSINE],
+        "schedule-free": SCHEDULE_FREE,
+        **{f"dropout {rate}": [*BASE, *SWA, *flags] for rate, flags in dropout.items()},
+        "one": [*ONE, *SWA],
+        "one noisy": [*LATE, *SWA, "--num_members=1", noisy],
+        "late 0": [*LATE, *SWA],
+        f"late {noise}": [*LATE, *SWA, noisy],
+    }
+
+
+def transformer_rows(noise: float, dropout: dict[str, list[str]], kind: str = "dropout") -> list[Row]:
+    """The lines of `transformer_runs`."""
+    return [
+        Row("base, linear decay", "base"),
+        Row("base, linear decay, SWA", "base", figures=AVERAGED),
+        Row("base, linear decay, EMA", "ema", figures=AVERAGED),
+        Row("base, cosine decay, SWA", "cosine", figures=AVERAGED),
+        Row("base, schedule-free AdamW", "schedule-free"),
+        *(Row(f"base, {kind} {rate}, SWA", f"dropout {rate}", figures=AVERAGED) for rate in dropout),
+        Row("one member (rank-1), SWA", "one", figures=AVERAGED),
+        Row(f"one member (rank-1), σ0 = {noise}, SWA", "one noisy", figures=AVERAGED),
+        Row("late-phase rank-1, σ0 = 0, SWA", "late 0", figures=AVERAGED, is_late_phase=True),
+        Row(f"late-phase rank-1, σ0 = {noise}", f"late {noise}", is_late_phase=True),
+        Row(f"late-phase rank-1, σ0 = {noise}, SWA", f"late {noise}", figures=AVERAGED, is_late_phase=True),
+    ]
+
+
+GPT2_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.05, 0.1, 0.2)}
+MILD_DROPOUT = {rate: GPT2_DROPOUT[rate] for rate in ("0.05", "0.1")}
 # All the dropout that a llama has.
-LLAMA_RUNS = TRANSFORMER_RUNS | {"dropout": [*BASE, *SWA, '--model_config={"attention_dropout": 0.1}']}
-LLAMA_ROWS = [Row("base, attention dropout 0.1, SWA", "dropout", figures=AVERAGED), *TRANSFORMER_ROWS]
+LLAMA_DROPOUT = {"0.1": ['--model_config={"attention_dropout": 0.1}']}
+BATCH_ENSEMBLE_ROW = Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE)
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
@@ -210,7 +221,7 @@ LSTM_RUNS = {
     "late 0.3": [*LATE, *SWA, "--init_noise=0.3"],
     "late 0 dropout": [*LATE, *SWA, *LSTM_DROPOUT],
     "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, "--init_noise=0.15"],
-    "batch ensemble": [*BATCH_ENSEMBLE, *LSTM_DROPOUT],
+    "batch ensemble": BATCH_ENSEMBLE,
 }
 LSTM_ROWS = [
     Row("base, linear decay", "base"),
@@ -224,7 +235,7 @@ LSTM_ROWS = [
     Row("late-phase rank-1, σ0 = 0.3, SWA", "late 0.3", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
-    Row("BatchEnsemble, dropout 0.2, five predictions", "batch ensemble", figures=ENSEMBLE),
+    BATCH_ENSEMBLE_ROW,
 ]
 SCRATCH_SWA, CONSTANT = ["--swa_start=0.6"], ["--lr_scheduler_type=constant_with_warmup"]
 SCRATCH_RUNS = {
@@ -296,12 +307,28 @@ TRANSFORMER_RATES, LSTM_RATES = [5e-4, 1e-3, 2e-3], [4e-3, 8e-3, 1.6e-2]
 TABLES = {
     table.name: table
     for table in (
-        fine_tuning("gpt2", "django", "enwik6", TRANSFORMER_RATES, GPT2_RUNS, GPT2_ROWS),
-        fine_tuning("gpt2", "enwik6", "django", TRANSFORMER_RATES, GPT2_RUNS, GPT2_ROWS),
-        fine_tuning("llama", "django", "enwik6", TRANSFORMER_RATES, LLAMA_RUNS, LLAMA_ROWS),
-        fine_tuning("llama", "enwik6", "django", TRANSFORMER_RATES, LLAMA_RUNS, LLAMA_ROWS),
-        fine_tuning("lstm", "django", "enwik6", LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
-        fine_tuning("lstm", "enwik6", "django", LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
+        fine_tuning(
+            *("gpt2", "django", "enwik6", 60, TRANSFORMER_RATES),
+            transformer_runs(0.15, MILD_DROPOUT) | {"batch ensemble": BATCH_ENSEMBLE},
+            [*transformer_rows(0.15, MILD_DROPOUT), BATCH_ENSEMBLE_ROW],
+        ),
+        fine_tuning(
+            *("gpt2", "enwik6", "django", 20, TRANSFORMER_RATES),
+            transformer_runs(0.3, GPT2_DROPOUT),
+            transformer_rows(0.3, GPT2_DROPOUT),
+        ),
+        fine_tuning(
+            *("gpt2", "enwik6", "django", 60, TRANSFORMER_RATES),
+            transformer_runs(0.15, MILD_DROPOUT),
+            transformer_rows(0.15, MILD_DROPOUT),
+        ),
+        fine_tuning(
+            *("llama", "enwik6", "django", 20, TRANSFORMER_RATES),
+            transformer_runs(0.3, LLAMA_DROPOUT),
+            transformer_rows(0.3, LLAMA_DROPOUT, "attention dropout"),
+        ),
+        fine_tuning("lstm", "django", "enwik6", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
+        fine_tuning("lstm", "enwik6", "django", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         from_scratch("lstm", "django", LSTM_RATES, SCRATCH_RUNS, SCRATCH_ROWS),
         from_scratch("gpt2", "django", SCRATCH_RATES, SCRATCH_RUNS | NORM_RUNS, [*SCRATCH_ROWS, *NORM_ROWS]),
         ablations("gpt2", "django", "enwik6", 1e-3),
