@@ -176,7 +176,8 @@ def gpt2_dropout(rate: float) -> list[str]:
 
 def transformer_runs(noise: float, dropout: dict[str, list[str]]) -> dict[str, list[str]]:
     """All methods, with a σ0, beside the base with dropout of several strengths."""
-    noisy = f"--init_noise={noise}"
+    noisy, half = f"--init_noise={noise}", ["--max_steps=80"]
+    least, mildest = next(iter(dropout.items()))
     return {
         "base": [*BASE, *SWA],
         "ema": [*BASE, "--ema_decay=0.98"],
@@ -187,11 +188,16 @@ def transformer_runs(noise: float, dropout: dict[str, list[str]]) -> dict[str, l
         "one noisy": [*LATE, *SWA, "--num_members=1", noisy],
         "late 0": [*LATE, *SWA],
         f"late {noise}": [*LATE, *SWA, noisy],
+        # What stops early overfits less: in half as many updates.
+        "base half": [*BASE, *SWA, *half],
+        f"dropout {least} half": [*BASE, *SWA, *mildest, *half],
+        "late 0.15 half": [*LATE, *SWA, "--init_noise=0.15", *half],
     }
 
 
 def transformer_rows(noise: float, dropout: dict[str, list[str]], kind: str = "dropout") -> list[Row]:
     """The lines of `transformer_runs`."""
+    least = next(iter(dropout))
     return [
         Row("base, linear decay", "base"),
         Row("base, linear decay, SWA", "base", figures=AVERAGED),
@@ -199,11 +205,18 @@ def transformer_rows(noise: float, dropout: dict[str, list[str]], kind: str = "d
         Row("base, cosine decay, SWA", "cosine", figures=AVERAGED),
         Row("base, schedule-free AdamW", "schedule-free"),
         *(Row(f"base, {kind} {rate}, SWA", f"dropout {rate}", figures=AVERAGED) for rate in dropout),
+        Row("base, half the updates, SWA", "base half", figures=AVERAGED),
+        Row(f"base, {kind} {least}, half the updates, SWA", f"dropout {least} half", figures=AVERAGED),
         Row("one member (rank-1), SWA", "one", figures=AVERAGED),
         Row(f"one member (rank-1), σ0 = {noise}, SWA", "one noisy", figures=AVERAGED),
         Row("late-phase rank-1, σ0 = 0, SWA", "late 0", figures=AVERAGED, is_late_phase=True),
         Row(f"late-phase rank-1, σ0 = {noise}", f"late {noise}", is_late_phase=True),
         Row(f"late-phase rank-1, σ0 = {noise}, SWA", f"late {noise}", figures=AVERAGED, is_late_phase=True),
+        Row(
+            *("late-phase rank-1, σ0 = 0.15, half the updates, SWA", "late 0.15 half"),
+            figures=AVERAGED,
+            is_late_phase=True,
+        ),
     ]
 
 
