@@ -112,9 +112,9 @@ def fine_tuning(
         name=f"finetune_{model}_{target}_{kilobytes}kb",
         title=f"Fine-tuning {model} on {kilobytes} KB of {target}",
         description=(
-            f"A small {model} pretrained on {source}, fine-tuned on the first {kilobytes},000 bytes of {target}. Every "
-            "update of every method takes five minibatches: replication takes no update away, and `base` and `one "
-            "member` are the accumulation control."
+            f"A small {model} pretrained on {source}, fine-tuned on the first {kilobytes},000 bytes of {target}. "
+            "Every update of every method takes five minibatches: replication takes no update away, and `base` and "
+            "`one member` are the accumulation control."
         ),
         script="run_finetune.py",
         recipe=f"evidence_finetune_{'lstm' if model == 'lstm' else 'transformer'}.yaml",
