@@ -68,9 +68,11 @@ class LatePhaseConfig:
 
     The defaults are the paper's. Recommended, from the runs in `examples/benchmarks/RESULTS.md` and the README:
 
-    - Fine-tuning a transformer on so little text that it overfits: `num_members=5, weights=["rank1"],
-      late_phase_start=0.05, init_noise=0.15, swa_start=0.1`, with gradient accumulation over a multiple of
-      `num_members` minibatches. (A gpt2 of two layers on 60 KB: 3.435 bits per byte, the strongest control 3.452.)
+    - Fine-tuning a transformer on little text: `num_members=5, weights=["rank1"], late_phase_start=0.05,
+      swa_start=0.1`, with gradient accumulation over a multiple of `num_members` minibatches, and `init_noise=0.15`
+      where it overfits. Of a gpt2 of two layers on 60 KB, in bits per byte: Django's documentation, without noise:
+      2.599, the strongest control 2.612, SWA alone 2.613; enwik6, with noise: 3.435, the strongest control 3.416,
+      SWA alone 3.467. That control is a dropout of 0.05: try dropout and early stopping too.
     - Language models from scratch, short training of image classifiers: replication won nothing so far.
       `num_members=1` with `swa_start` or `ema_decay` is weight averaging alone.
 

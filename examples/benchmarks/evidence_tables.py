@@ -234,7 +234,6 @@ LSTM_RUNS = {
     "late 0.3": [*LATE, *SWA, "--init_noise=0.3"],
     "late 0 dropout": [*LATE, *SWA, *LSTM_DROPOUT],
     "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, "--init_noise=0.15"],
-    "batch ensemble": BATCH_ENSEMBLE,
 }
 LSTM_ROWS = [
     Row("base, linear decay", "base"),
@@ -248,7 +247,6 @@ LSTM_ROWS = [
     Row("late-phase rank-1, σ0 = 0.3, SWA", "late 0.3", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
-    BATCH_ENSEMBLE_ROW,
 ]
 SCRATCH_SWA, CONSTANT = ["--swa_start=0.6"], ["--lr_scheduler_type=constant_with_warmup"]
 SCRATCH_RUNS = {
