@@ -158,7 +158,7 @@ def test_what_is_said_of_fine_tuning_is_what_the_figures_say(name, late, noise) 
     control = evidence.best_of(table, rows, late_phase=False, split="test")
     means = [f"{statistics.mean(rows[row]['test']):.3f}" for row in (late, control, "base, linear decay, SWA")]
     assert f"{means[0]}, the strongest control {means[1]}, SWA alone {means[2]}" in words
-    # The README: ahead, by an interval that excludes zero, of the plain rows on both texts, on Django of every control;
+    # The README: ahead, by an interval without zero, of the plain rows on both texts, on Django of every control;
     # on enwik6 behind a little dropout, and level with half as many updates.
     ahead = [row.name for row in table.rows if not row.is_late_phase] if "django" in name else PLAIN
     differences = {row: evidence.difference(rows[row]["test"], rows[late]["test"]) for row in rows}

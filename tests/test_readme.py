@@ -57,7 +57,7 @@ RUN = {
     "python examples/run_finetune.py examples/recipes/finetune.yaml --model my/lm --data_file my.txt": (
         "--use_cpu --max_steps 2 --window 16 --output_dir out"
     ),
-    "python examples/score_ensemble.py --models outputs/finetune/late_phase outputs/finetune/base --data_file my.txt": (
+    "python examples/score_ensemble.py --models outputs/a/base outputs/b/base --data_file my.txt": (
         "--models my/lm my/lm --use_cpu --window 16 --output_dir out"
     ),
     "python examples/run_enwik8.py --help": "",
