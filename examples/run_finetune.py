@@ -45,7 +45,8 @@ from hf_latephase.scoring import Forward, score_bytes
 from hf_latephase.weights import find_targets
 
 
-SPLITS = ("train", "validation", "test")
+SCORED = ("validation", "test")
+SPLITS = ("train", *SCORED)
 
 
 @dataclass
@@ -199,7 +200,7 @@ def run_method(
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
 
     def scores(model: nn.Module, forward: Forward | None) -> dict[str, float]:
-        return {name: score(model, name, forward) for name in ("validation", "test")}
+        return {name: score(model, name, forward) for name in SCORED}
 
     result = trainer.result(metrics["train_runtime"], scores, methods.score_members)
     trainer.save_model()
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     score = make_scorer(splits, text, tokenizer, show_progress=False)
     model.to(args.device)
-    before = {name: score(model, name) for name in ("validation", "test")}
+    before = {name: score(model, name) for name in SCORED}
     results = [Result("before", 0.0, before, curve=[{"step": 0, "bpc": before["validation"]}])]
     average, folder = "SWA" if config.ema_decay is None else "EMA", Path(args.output_dir)
     for method, method_config in configs.items():

@@ -15,14 +15,11 @@ from pathlib import Path
 import torch
 from recipe import parse_arguments
 from report import Result, write_report
-from run_finetune import TextArguments, load_texts, make_scorer, tokenize
+from run_finetune import SCORED, TextArguments, load_texts, make_scorer, tokenize
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_latephase.scoring import is_recurrent, mean_forward, model_forward
-
-
-SCORED = ("validation", "test")
 
 
 @dataclass

@@ -100,9 +100,9 @@ def deep_ensemble(table: Table, rows: dict[str, Any], folder: Path) -> dict[str,
     (row,) = (row for row in table.rows if row.name == table.deep_ensemble)
     runs = [make_run(table, row, rows[row.name]["rate"], seed, folder) for seed in table.seeds]
     recipe = yaml.safe_load((EXAMPLES / "recipes" / table.recipe).read_text(encoding="utf-8"))
-    reading = {"window": "window", "stride": "stride", "max_eval_tokens": "max_eval_tokens"}
-    reading["max_eval_bytes"] = "max_eval_tokens"  # a token is a byte
-    flags = [f"--{flag}={recipe[name]}" for name, flag in reading.items() if name in recipe]
+    flags = [f"--{name}={recipe[name]}" for name in ("window", "stride") if name in recipe]
+    limit = recipe.get("max_eval_tokens") or recipe["max_eval_bytes"]  # a token is a byte
+    flags.append(f"--max_eval_tokens={limit}")
     flags += [f"--data_file={text_file(table.text, folder)}", "--models", *(str(run.folder / "base") for run in runs)]
     together = Run(folder / table.name / "deep_ensemble", "score_ensemble.py", flags, {})
     run_all([together], 1)
