@@ -66,11 +66,12 @@ def test_the_rate_is_chosen_on_validation_and_test_figures_of_other_rates_are_no
             if not run.is_finished:
                 ran.append(run.labels["run"])
                 run.folder.mkdir(parents=True)
-                # Validation is best at the second rate, test at the first.
-                best = {rate: i for i, rate in enumerate([table.rates[1], table.rates[0], *table.rates[2:]])}
-                scores = {"validation": 3 + best[run.labels["rate"]], "test": run.labels["rate"]}
-                result = {"scores": scores, "averaged_scores": {k: -v for k, v in scores.items()}}
-                result["ensemble_scores"] = scores
+                # Validation is best at the second rate, of averages at twice the highest; test at a rate of 0.
+                rate = run.labels["rate"]
+                scores = {"validation": abs(rate - table.rates[1]), "test": rate}
+                averaged = {"validation": abs(rate - 2 * table.rates[-1]), "test": rate}
+                result = {"scores": scores, "averaged_scores": averaged}
+                result["ensemble_scores"] = {"validation": abs(rate - table.rates[0] / 2), "test": rate}
                 (run.folder / "results.json").write_text(json.dumps({"results": [{}, result]}))
                 (run.folder / "finished").touch()
 
@@ -81,7 +82,14 @@ def test_the_rate_is_chosen_on_validation_and_test_figures_of_other_rates_are_no
     assert rows[plain]["test"] == [table.rates[1]] * len(table.seeds)
     assert set(rows[plain]) == {"validation by rate", "rate", "seeds", "validation", "test"}
     averaged = next(row.name for row in table.rows if row.figures == AVERAGED)
-    assert rows[averaged]["rate"] == table.rates[-1]  # the sign is turned there
+    # The grid is extended until the best is not its end.
+    assert rows[averaged]["rate"] == 2 * table.rates[-1]
+    tried = [float(rate) for rate in rows[averaged]["validation by rate"]]
+    assert tried == [*table.rates, 2 * table.rates[-1], 4 * table.rates[-1]]
+    assert [float(rate) for rate in rows[plain]["validation by rate"]] == table.rates
+    ensemble = next(row.name for row in table.rows if row.figures == ENSEMBLE)
+    assert [float(rate) for rate in rows[ensemble]["validation by rate"]][:2] == [table.rates[0] / 4, table.rates[0] / 2]
+    assert rows[ensemble]["rate"] == table.rates[0] / 2
     before = len(ran)
     assert evidence.fill(table, tmp_path, 1) == rows
     assert len(ran) == before  # nothing runs twice

@@ -4,8 +4,9 @@ The evidence: what replicating weights adds to what the same minibatches buy wit
     python examples/benchmarks/evidence.py --tables finetune_lstm_enwik6_60kb finetune_gpt2_enwik6_60kb
 
 A table (see `evidence_tables.py`) compares methods over the same minibatches. For each of its rows the learning rate
-is chosen on the validation split with the first seed; all seeds then run at that rate. The test split is read only
-then: what is recorded of the runs that chose has no test figures. Every run is a script of `examples/` in a folder of
+is chosen on the validation split with the first seed, out of a grid that is extended until the best of it is neither
+the lowest nor the highest; all seeds then run at that rate. The test split is read only then: what is recorded of the
+runs that chose has no test figures. Every run is a script of `examples/` in a folder of
 its own; runs that have finished are not repeated, so an interrupted table goes on where it was. The figures of a table
 go to `evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all of those.
 """
@@ -63,6 +64,41 @@ def read(run: Run, row: Row) -> dict[str, float]:
     return {split: result[row.figures][split] for split in SPLITS}
 
 
+def best_rate(figures: dict[float, float]) -> float:
+    """The rate of the lowest figure."""
+    return min(figures, key=lambda rate: figures[rate])
+
+
+def beyond(rates: Sequence[float], best: float) -> list[float]:
+    """What to try next: half the lowest rate or twice the highest, if that is the best so far."""
+    if len(rates) == 1:
+        return []  # there is nothing to choose
+    return [best / 2] * (best == min(rates)) + [best * 2] * (best == max(rates))
+
+
+def try_rates(table: Table, folder: Path, workers: int) -> dict[str, dict[float, float]]:
+    """
+    Runs the first seed at the table's rates, and beyond them until no row's best is at an end.
+
+    Returns:
+        `dict[str, dict[float, float]]`: By row, the validation figure at each rate that was tried for it.
+    """
+    rows = {row.name: row for row in table.rows}
+    validation: dict[str, dict[float, float]] = {name: {} for name in rows}
+    waiting = {name: list(table.rates) for name in rows}
+    while any(waiting.values()):
+        trials = {
+            (name, rate): make_run(table, rows[name], rate, table.seeds[0], folder)
+            for name, rates in waiting.items()
+            for rate in rates
+        }
+        run_all(_distinct(trials.values()), workers)
+        for (name, rate), run in trials.items():
+            validation[name][rate] = read(run, rows[name])["validation"]
+        waiting = {name: beyond(list(figures), best_rate(figures)) for name, figures in validation.items()}
+    return validation
+
+
 def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
     """
     Runs what is missing of a table and returns its figures.
@@ -70,22 +106,15 @@ def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: By row: the validation figures by rate, the rate chosen, and both splits' figures by seed.
     """
-    first = table.seeds[0]
-    trials = {
-        (row.name, rate): make_run(table, row, rate, first, folder) for row in table.rows for rate in table.rates
-    }
-    run_all(_distinct(trials.values()), workers)
-    validation = {
-        row.name: {rate: read(trials[row.name, rate], row)["validation"] for rate in table.rates} for row in table.rows
-    }
-    chosen = {name: min(figures, key=lambda rate: figures[rate]) for name, figures in validation.items()}
+    validation = try_rates(table, folder, workers)
+    chosen = {name: best_rate(figures) for name, figures in validation.items()}
     finals = {
         row.name: [make_run(table, row, chosen[row.name], seed, folder) for seed in table.seeds] for row in table.rows
     }
     run_all(_distinct(run for runs in finals.values() for run in runs), workers)
     return {
         row.name: {
-            "validation by rate": {f"{rate:g}": figure for rate, figure in validation[row.name].items()},
+            "validation by rate": {f"{rate:g}": figure for rate, figure in sorted(validation[row.name].items())},
             "rate": chosen[row.name],
             "seeds": list(table.seeds),
             "validation": [read(run, row)["validation"] for run in finals[row.name]],

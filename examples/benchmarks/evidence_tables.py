@@ -50,7 +50,7 @@ class Table:
         pretrained (`str`, *optional*): A key of `PRETRAINING`: the model that is fine-tuned.
         runs (`dict[str, list[str]]`): The flags of each run.
         rows (`list[Row]`): The lines.
-        rates (`list[float]`): Learning rates to choose from.
+        rates (`list[float]`): Learning rates to begin with; several of them are extended where the best is at an end.
         common (`list[str]`): Flags that all runs share.
         seeds (`list[int]`): The first chooses the rates.
         deep_ensemble (`str`, *optional*): The row whose models, of all seeds, are scored together too.
@@ -334,9 +334,9 @@ TABLES = {
             transformer_rows(0.15, MILD_DROPOUT),
         ),
         fine_tuning(
-            *("llama", "enwik6", "django", 20, TRANSFORMER_RATES),
-            transformer_runs(0.3, LLAMA_DROPOUT),
-            transformer_rows(0.3, LLAMA_DROPOUT, "attention dropout"),
+            *("llama", "enwik6", "django", 60, TRANSFORMER_RATES),
+            transformer_runs(0.15, LLAMA_DROPOUT),
+            transformer_rows(0.15, LLAMA_DROPOUT, "attention dropout"),
         ),
         fine_tuning("lstm", "django", "enwik6", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         fine_tuning("lstm", "enwik6", "django", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
