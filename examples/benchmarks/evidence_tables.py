@@ -225,6 +225,15 @@ HALF_ROWS = [
 # All the dropout that a llama has.
 LLAMA_DROPOUT = {"0.1": ['--model_config={"attention_dropout": 0.1}']}
 BATCH_ENSEMBLE_ROW = Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE)
+# Norm layers add no parameters: their one member is the base.
+FAMILY_RUNS = {
+    "late norm": [*LATE, *SWA, "--weights", "norm"],
+    "late both": [*LATE, *SWA, "--weights", "norm", "rank1"],
+}
+FAMILY_ROWS = [
+    Row("late-phase norm, σ0 = 0, SWA", "late norm", AVERAGED, is_late_phase=True),
+    Row("late-phase norm and rank-1, σ0 = 0, SWA", "late both", AVERAGED, is_late_phase=True),
+]
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
@@ -330,13 +339,13 @@ TABLES = {
         ),
         fine_tuning(
             *("gpt2", "enwik6", "django", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, MILD_DROPOUT) | HALF_RUNS,
-            [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS],
+            transformer_runs(0.15, MILD_DROPOUT) | HALF_RUNS | FAMILY_RUNS,
+            [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS, *FAMILY_ROWS],
         ),
         fine_tuning(
             *("llama", "enwik6", "django", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, LLAMA_DROPOUT),
-            transformer_rows(0.15, LLAMA_DROPOUT, "attention dropout"),
+            transformer_runs(0.15, LLAMA_DROPOUT) | FAMILY_RUNS,
+            [*transformer_rows(0.15, LLAMA_DROPOUT, "attention dropout"), *FAMILY_ROWS],
         ),
         fine_tuning("lstm", "django", "enwik6", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         fine_tuning("lstm", "enwik6", "django", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
