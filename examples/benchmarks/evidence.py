@@ -4,11 +4,11 @@ The evidence: what replicating weights adds to what the same minibatches buy wit
     python examples/benchmarks/evidence.py --tables finetune_lstm_enwik6_60kb finetune_gpt2_enwik6_60kb
 
 A table (see `evidence_tables.py`) compares methods over the same minibatches. For each of its rows the learning rate
-is chosen on the validation split with the first seed, out of a grid that is extended until the best of it is neither
-the lowest nor the highest; all seeds then run at that rate. The test split is read only then: what is recorded of the
-runs that chose has no test figures. Every run is a script of `examples/` in a folder of
-its own; runs that have finished are not repeated, so an interrupted table goes on where it was. The figures of a table
-go to `evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all of those.
+is chosen on the validation split: the first seed tries a grid, all seeds run at those of its rates that come close to
+the best, the mean decides, and the grid is extended until that best is neither the lowest nor the highest. The test
+split is read only then: what is recorded of the other rates has no test figures. Every run is a script of `examples/`
+in a folder of its own; runs that have finished are not repeated, so an interrupted table goes on where it was. The
+figures of a table go to `evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all of those.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from transformers import HfArgumentParser
 FIGURES = Path(__file__).with_name("evidence")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 SPLITS = ("validation", "test")
+# In bits per byte: one seed cannot tell two rates apart that differ by less.
+CLOSE = 0.02
 INTRODUCTION = Path(__file__).with_name("evidence") / "introduction.md"
 
 
@@ -64,9 +66,10 @@ def read(run: Run, row: Row) -> dict[str, float]:
     return {split: result[row.figures][split] for split in SPLITS}
 
 
-def best_rate(figures: dict[float, float]) -> float:
-    """The rate of the lowest figure."""
-    return min(figures, key=lambda rate: figures[rate])
+def best_rate(figures: dict[float, list[float]], num_seeds: int) -> float:
+    """The rate of the lowest mean, of those that all seeds ran at."""
+    means = {rate: statistics.mean(own) for rate, own in figures.items() if len(own) == num_seeds}
+    return min(means, key=lambda rate: means[rate])
 
 
 def beyond(rates: Sequence[float], best: float) -> list[float]:
@@ -76,27 +79,40 @@ def beyond(rates: Sequence[float], best: float) -> list[float]:
     return [best / 2] * (best == min(rates)) + [best * 2] * (best == max(rates))
 
 
-def try_rates(table: Table, folder: Path, workers: int) -> dict[str, dict[float, float]]:
+def tune(table: Table, folder: Path, workers: int) -> dict[str, dict[float, list[float]]]:
     """
-    Runs the first seed at the table's rates, and beyond them until no row's best is at an end.
+    Runs the first seed at the table's rates, all seeds where that is close to its best, and goes beyond the table's
+    rates until no row's best is at an end.
 
     Returns:
-        `dict[str, dict[float, float]]`: By row, the validation figure at each rate that was tried for it.
+        `dict[str, dict[float, list[float]]]`: By row and rate, the validation figures by seed.
     """
     rows = {row.name: row for row in table.rows}
-    validation: dict[str, dict[float, float]] = {name: {} for name in rows}
+    tried: dict[str, dict[float, list[float]]] = {name: {} for name in rows}
+
+    def run_seeds(rates: dict[str, list[float]], seeds: Sequence[int]) -> None:
+        runs = {
+            (name, rate): [make_run(table, rows[name], rate, seed, folder) for seed in seeds]
+            for name, own in rates.items()
+            for rate in own
+        }
+        run_all(_distinct(run for own in runs.values() for run in own), workers)
+        for (name, rate), own in runs.items():
+            tried[name][rate] = [read(run, rows[name])["validation"] for run in own]
+
     waiting = {name: list(table.rates) for name in rows}
     while any(waiting.values()):
-        trials = {
-            (name, rate): make_run(table, rows[name], rate, table.seeds[0], folder)
-            for name, rates in waiting.items()
-            for rate in rates
+        run_seeds(waiting, table.seeds[:1])
+        firsts = {name: {rate: own[0] for rate, own in figures.items()} for name, figures in tried.items()}
+        close = {
+            name: [rate for rate, first in own.items() if first <= min(own.values()) + CLOSE]
+            for name, own in firsts.items()
         }
-        run_all(_distinct(trials.values()), workers)
-        for (name, rate), run in trials.items():
-            validation[name][rate] = read(run, rows[name])["validation"]
-        waiting = {name: beyond(list(figures), best_rate(figures)) for name, figures in validation.items()}
-    return validation
+        run_seeds(close, table.seeds)
+        waiting = {
+            name: beyond(list(figures), best_rate(figures, len(table.seeds))) for name, figures in tried.items()
+        }
+    return tried
 
 
 def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
@@ -104,24 +120,23 @@ def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
     Runs what is missing of a table and returns its figures.
 
     Returns:
-        `dict[str, Any]`: By row: the validation figures by rate, the rate chosen, and both splits' figures by seed.
+        `dict[str, Any]`: By row: the validation figures by rate and seed, the rate chosen, and both splits' figures by
+        seed.
     """
-    validation = try_rates(table, folder, workers)
-    chosen = {name: best_rate(figures) for name, figures in validation.items()}
-    finals = {
-        row.name: [make_run(table, row, chosen[row.name], seed, folder) for seed in table.seeds] for row in table.rows
-    }
-    run_all(_distinct(run for runs in finals.values() for run in runs), workers)
-    return {
-        row.name: {
-            "validation by rate": {f"{rate:g}": figure for rate, figure in sorted(validation[row.name].items())},
-            "rate": chosen[row.name],
+    tried = tune(table, folder, workers)
+    filled = {}
+    for row in table.rows:
+        figures = tried[row.name]
+        rate = best_rate(figures, len(table.seeds))
+        runs = [make_run(table, row, rate, seed, folder) for seed in table.seeds]
+        filled[row.name] = {
+            "validation by rate": {f"{rate:g}": own for rate, own in sorted(figures.items())},
+            "rate": rate,
             "seeds": list(table.seeds),
-            "validation": [read(run, row)["validation"] for run in finals[row.name]],
-            "test": [read(run, row)["test"] for run in finals[row.name]],
+            "validation": figures[rate],
+            "test": [read(run, row)["test"] for run in runs],
         }
-        for row in table.rows
-    }
+    return filled
 
 
 def deep_ensemble(table: Table, rows: dict[str, Any], folder: Path) -> dict[str, float]:
