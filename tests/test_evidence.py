@@ -143,6 +143,7 @@ def test_the_deep_ensemble_takes_every_seed_at_the_chosen_rate(name, tmp_path, m
     figures = evidence.deep_ensemble(table, {table.deep_ensemble: {"rate": rate}}, tmp_path)
     assert figures == {"validation": 1.0, "test": 2.0}
     (run,) = ran
+    assert f"{rate:g}" in run.folder.name  # another rate's would be taken for it
     types = (score_ensemble.EnsembleArguments, run_finetune.TextArguments, TrainingArguments)
     ensemble, text, _ = parse_arguments(types, [*run.arguments, f"--output_dir={tmp_path}"])
     (row,) = (row for row in table.rows if row.name == table.deep_ensemble)

@@ -142,13 +142,14 @@ def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
 def deep_ensemble(table: Table, rows: dict[str, Any], folder: Path) -> dict[str, float]:
     """The figures of a row's models of all seeds together, by split: as many times the training and the inference."""
     (row,) = (row for row in table.rows if row.name == table.deep_ensemble)
-    runs = [make_run(table, row, rows[row.name]["rate"], seed, folder) for seed in table.seeds]
+    rate = rows[row.name]["rate"]
+    runs = [make_run(table, row, rate, seed, folder) for seed in table.seeds]
     recipe = yaml.safe_load((EXAMPLES / "recipes" / table.recipe).read_text(encoding="utf-8"))
     flags = [f"--{name}={recipe[name]}" for name in ("window", "stride") if name in recipe]
     limit = recipe.get("max_eval_tokens") or recipe["max_eval_bytes"]  # a token is a byte
     flags.append(f"--max_eval_tokens={limit}")
     flags += [f"--data_file={text_file(table.text, folder)}", "--models", *(str(run.folder / "base") for run in runs)]
-    together = Run(folder / table.name / "deep_ensemble", "score_ensemble.py", flags, {})
+    together = Run(folder / table.name / f"deep_ensemble-{rate:g}", "score_ensemble.py", flags, {})
     run_all([together], 1)
     return read(together, Row("deep ensemble", "base"))
 
