@@ -4,11 +4,11 @@ The evidence: what replicating weights adds to what the same minibatches buy wit
     python examples/benchmarks/evidence.py --tables finetune_lstm_enwik6_60kb finetune_gpt2_enwik6_60kb
 
 A table (see `evidence_tables.py`) compares methods over the same minibatches. For each of its rows the learning rate
-is chosen on the validation split: the first seed tries a grid, all seeds run at those of its rates that come close to
-the best, the mean decides, and the grid is extended until that best is neither the lowest nor the highest. The test
-split is read only then: what is recorded of the other rates has no test figures. Every run is a script of `examples/`
-in a folder of its own; runs that have finished are not repeated, so an interrupted table goes on where it was. The
-figures of a table go to `evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all of those.
+is chosen on the validation split: the first seed tries a grid, all seeds run at its two best rates, the mean decides,
+and the grid is extended until that best is neither the lowest nor the highest. The test split is read only then: what
+is recorded of the other rates has no test figures. Every run is a script of `examples/` in a folder of its own; runs
+that have finished are not repeated, so an interrupted table goes on where it was. The figures of a table go to
+`evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all of those.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from transformers import HfArgumentParser
 FIGURES = Path(__file__).with_name("evidence")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 SPLITS = ("validation", "test")
-# In bits per byte: one seed cannot tell two rates apart that differ by less.
-CLOSE = 0.02
 INTRODUCTION = Path(__file__).with_name("evidence") / "introduction.md"
 
 
@@ -66,6 +64,11 @@ def read(run: Run, row: Row) -> dict[str, float]:
     return {split: result[row.figures][split] for split in SPLITS}
 
 
+def two_best(figures: dict[float, list[float]]) -> list[float]:
+    """The rates at which the first seed did best; one, if there is no more."""
+    return sorted(figures, key=lambda rate: figures[rate][0])[:2]
+
+
 def best_rate(figures: dict[float, list[float]], num_seeds: int) -> float:
     """The rate of the lowest mean, of those that all seeds ran at."""
     means = {rate: statistics.mean(own) for rate, own in figures.items() if len(own) == num_seeds}
@@ -81,8 +84,8 @@ def beyond(rates: Sequence[float], best: float) -> list[float]:
 
 def tune(table: Table, folder: Path, workers: int) -> dict[str, dict[float, list[float]]]:
     """
-    Runs the first seed at the table's rates, all seeds where that is close to its best, and goes beyond the table's
-    rates until no row's best is at an end.
+    Runs the first seed at the table's rates, all seeds at its two best, and goes beyond the table's rates until no
+    row's best is at an end.
 
     Returns:
         `dict[str, dict[float, list[float]]]`: By row and rate, the validation figures by seed.
@@ -103,12 +106,8 @@ def tune(table: Table, folder: Path, workers: int) -> dict[str, dict[float, list
     waiting = {name: list(table.rates) for name in rows}
     while any(waiting.values()):
         run_seeds(waiting, table.seeds[:1])
-        firsts = {name: {rate: own[0] for rate, own in figures.items()} for name, figures in tried.items()}
-        close = {
-            name: [rate for rate, first in own.items() if first <= min(own.values()) + CLOSE]
-            for name, own in firsts.items()
-        }
-        run_seeds(close, table.seeds)
+        # One seed is too few to tell the best rate from the second.
+        run_seeds({name: two_best(figures) for name, figures in tried.items()}, table.seeds)
         waiting = {
             name: beyond(list(figures), best_rate(figures, len(table.seeds))) for name, figures in tried.items()
         }
