@@ -36,6 +36,8 @@ def test_every_run_parses_and_gives_every_method_equally_many_rows(table, tmp_pa
         *_, methods, config, args = parse_arguments(TYPES[table.script], [*flags, f"--output_dir={tmp_path}"])
         assert len(methods.method) == 1
         assert (args.seed, args.learning_rate) == (7, table.rates[0])
+        # Rows can be dealt out of whole batches only.
+        assert config.member_assignment == "minibatch" or args.dataloader_drop_last
         replicates = methods.method == ["late_phase"] and config.num_members > 1
         assert row.is_late_phase == (replicates and row.is_one_model)
         assert row.figures != AVERAGED or config.swa_start is not None or config.ema_decay is not None
@@ -158,12 +160,27 @@ def test_report_is_made_from_the_figures() -> None:
     assert text == evidence.report()
     readme = evidence.README.read_text(encoding="utf-8")
     assert readme == evidence.put_into_readme(readme, "evidence", evidence.summary())
-    assert evidence.recorded()
+    # Every table is there, and complete.
+    assert set(evidence.recorded()) == {path.stem for path in evidence.FIGURES.glob("*.json")}
     for name, record in evidence.recorded().items():
         row = TABLES[name].rows[0].name
         record["rows"][row]["test"][0] += 0.1
         # A figure that is not the runs' would show.
         assert evidence.section(TABLES[name], record) not in text
+
+
+def test_a_table_with_rows_that_have_not_run_is_left_out(tmp_path, monkeypatch, capsys) -> None:
+    name, record = next(iter(evidence.recorded().items()))
+    monkeypatch.setattr(evidence, "FIGURES", tmp_path)
+    (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    assert set(evidence.recorded()) == {name}
+    record["rows"].pop("base, linear decay")
+    (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    assert evidence.recorded() == {}
+    assert (
+        f"{name} is left out of the report until these rows have run: ['base, linear decay']"
+        in capsys.readouterr().err
+    )
 
 
 PLAIN = [

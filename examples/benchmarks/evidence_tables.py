@@ -317,6 +317,7 @@ ABLATIONS = {
     "rank-1, second block only": [*NOISY, "--target_modules", r"transformer\.h\.1\..*"],
     "rows dealt out (by sample)": [
         *NOISY, "--member_assignment=sample", "--per_device_train_batch_size=40", "--gradient_accumulation_steps=1",
+        "--dataloader_drop_last=true",
     ],
     "members by Adam, base by γ = 1/K": [*NOISY, "--base_gradient_scale=0.2"],
     "cosine decay": [*NOISY, *COSINE],
