@@ -164,6 +164,7 @@ def ablations(model: str, source: str, target: str, rate: float) -> Table:
 
 BASE, ONE, LATE = ["--method=base"], ["--method=one_member"], ["--method=late_phase"]
 SWA, COSINE = ["--swa_start=0.1"], ["--lr_scheduler_type=cosine"]
+CONSTANT = ["--lr_scheduler_type=constant_with_warmup"]
 SCHEDULE_FREE = ["--method=base", "--lr_scheduler_type=constant", "--optim=schedule_free_adamw"]
 BATCH_ENSEMBLE = [*LATE, "--late_phase_start=0", "--init_noise=0.15", "--score_members=true"]
 LSTM_DROPOUT = ['--model_config={"dropout": 0.2}']
@@ -234,6 +235,23 @@ FAMILY_ROWS = [
     Row("late-phase norm, σ0 = 0, SWA", "late norm", AVERAGED, is_late_phase=True),
     Row("late-phase norm and rank-1, σ0 = 0, SWA", "late both", AVERAGED, is_late_phase=True),
 ]
+# What SWA is made for; and the base's gradients as means, as plain accumulation has them.
+MEAN = ["--base_gradient_scale=0.2"]
+CONSTANT_RUNS = {
+    "constant": [*BASE, *SWA, *CONSTANT],
+    "late norm constant": [*LATE, *SWA, "--weights", "norm", *CONSTANT],
+    "late norm mean": [*LATE, *SWA, "--weights", "norm", *MEAN],
+    "late norm mean constant": [*LATE, *SWA, "--weights", "norm", *MEAN, *CONSTANT],
+}
+CONSTANT_ROWS = [
+    Row("base, constant rate, SWA", "constant", AVERAGED),
+    Row("late-phase norm, σ0 = 0, constant rate, SWA", "late norm constant", AVERAGED, is_late_phase=True),
+    Row("late-phase norm, σ0 = 0, γ = 1/K, SWA", "late norm mean", AVERAGED, is_late_phase=True),
+    Row(
+        *("late-phase norm, σ0 = 0, γ = 1/K, constant rate, SWA", "late norm mean constant", AVERAGED),
+        is_late_phase=True,
+    ),
+]
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
@@ -257,7 +275,7 @@ LSTM_ROWS = [
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
 ]
-SCRATCH_SWA, CONSTANT = ["--swa_start=0.6"], ["--lr_scheduler_type=constant_with_warmup"]
+SCRATCH_SWA = ["--swa_start=0.6"]
 SCRATCH_RUNS = {
     "base": [*BASE, *SCRATCH_SWA],
     "ema": [*BASE, "--ema_decay=0.98"],
@@ -340,8 +358,8 @@ TABLES = {
         ),
         fine_tuning(
             *("gpt2", "enwik6", "django", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, MILD_DROPOUT) | HALF_RUNS | FAMILY_RUNS,
-            [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS, *FAMILY_ROWS],
+            transformer_runs(0.15, MILD_DROPOUT) | HALF_RUNS | FAMILY_RUNS | CONSTANT_RUNS,
+            [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS, *FAMILY_ROWS, *CONSTANT_ROWS],
         ),
         fine_tuning(
             *("llama", "enwik6", "django", 60, TRANSFORMER_RATES),
