@@ -78,8 +78,8 @@ def assert_close(average: dict[str, Tensor], reference: dict[str, Tensor], step:
 def run(tmp_path: Any, model: Any, config: LatePhaseConfig, optimizer: Any, **kwargs: Any) -> tuple[Any, list]:
     recorder = Recorder()
     run = trainer(
-        tmp_path, model, config, optimizer=optimizer, weight_decay=WEIGHT_DECAY,
-        extra={"callbacks": [recorder]}, **kwargs,
+        tmp_path, model, config, optimizer=optimizer,
+        extra={"callbacks": [recorder]}, **{"weight_decay": WEIGHT_DECAY} | kwargs,
     )  # fmt: skip
     recorder.trainer = run
     run.train()
@@ -189,6 +189,32 @@ def test_gamma_and_clipping(tmp_path, gamma: float, max_norm: float, accumulatio
     for cycle in range(10):
         reference.cycle({k: [batches[(cycle * K + k) % len(batches)]] for k in range(K)})
         assert_close(averages[(cycle + 1) * steps_per_cycle - 1], reference.averaged(), cycle)
+
+
+def test_adams_steps_grow_at_T0_unless_gradients_are_averaged(tmp_path) -> None:
+    """Its second moment is that of single gradients; γ = 1/K keeps their scale."""
+    K, start, rate = 4, 30, 1e-9  # so small a rate that the gradient of an epoch, one update, stays what it is
+
+    def steps(gamma: float) -> Tensor:
+        model = double(MODELS["gpt2"]())
+        config = LatePhaseConfig(num_members=K, weights=["norm"], late_phase_start=start, base_gradient_scale=gamma)
+        optimizer = (torch.optim.Adam, {"lr": rate, "betas": (0.5, 0.9), "eps": 1e-30})
+        _, averages = run(
+            tmp_path / str(gamma), model, config, optimizer, rows=4 * K, max_steps=start + 3, weight_decay=0.0,
+            gradient_accumulation_steps=K,
+        )  # fmt: skip
+        weights = torch.stack([average["transformer.h.0.mlp.c_fc.weight"] for average in averages])
+        return (weights.diff(dim=0).abs() / rate).flatten(1).median(dim=1).values
+
+    as_before = torch.ones(start + 2, dtype=torch.float64)
+    assert torch.allclose(steps(1 / K), as_before, atol=1e-3)
+    summed = steps(1.0)
+    assert torch.allclose(summed[: start - 1], as_before[: start - 1], atol=1e-3)
+    # By hand: m = 0.5 + 0.5 K, v = 0.9 + 0.1 K², and one and two steps later.
+    m = v = 1.0
+    for own in summed[start - 1 :]:
+        m, v = 0.5 * m + 0.5 * K, 0.9 * v + 0.1 * K**2
+        assert own == pytest.approx(m / v**0.5, rel=0.02) and own > 1.5
 
 
 def test_cycle_over_several_accumulated_steps(tmp_path) -> None:

@@ -209,7 +209,8 @@ def transformer_rows(noise: float, dropout: dict[str, list[str]], kind: str = "d
 
 
 GPT2_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.02, 0.05, 0.1, 0.2)}
-MILD_DROPOUT = {rate: GPT2_DROPOUT[rate] for rate in ("0.02", "0.05", "0.1")}
+MILDEST_DROPOUT = {rate: GPT2_DROPOUT[rate] for rate in ("0.02", "0.05", "0.1")}
+MILD_DROPOUT = {rate: GPT2_DROPOUT[rate] for rate in ("0.05", "0.1")}
 STRONG_DROPOUT = {rate: GPT2_DROPOUT[rate] for rate in ("0.05", "0.1", "0.2")}
 # What stops early overfits less: in half as many updates.
 HALF = ["--max_steps=80"]
@@ -239,12 +240,14 @@ FAMILY_ROWS = [
 MEAN = ["--base_gradient_scale=0.2"]
 CONSTANT_RUNS = {
     "constant": [*BASE, *SWA, *CONSTANT],
+    "one sum": [*LATE, *SWA, "--weights", "norm", "--num_members=1", "--base_gradient_scale=5"],
     "late norm constant": [*LATE, *SWA, "--weights", "norm", *CONSTANT],
     "late norm mean": [*LATE, *SWA, "--weights", "norm", *MEAN],
     "late norm mean constant": [*LATE, *SWA, "--weights", "norm", *MEAN, *CONSTANT],
 }
 CONSTANT_ROWS = [
     Row("base, constant rate, SWA", "constant", AVERAGED),
+    Row("base, gradients × 5 from T0 on, SWA", "one sum", AVERAGED),
     Row("late-phase norm, σ0 = 0, constant rate, SWA", "late norm constant", AVERAGED, is_late_phase=True),
     Row("late-phase norm, σ0 = 0, γ = 1/K, SWA", "late norm mean", AVERAGED, is_late_phase=True),
     Row(
@@ -358,8 +361,8 @@ TABLES = {
         ),
         fine_tuning(
             *("gpt2", "enwik6", "django", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, MILD_DROPOUT) | HALF_RUNS | FAMILY_RUNS | CONSTANT_RUNS,
-            [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS, *FAMILY_ROWS, *CONSTANT_ROWS],
+            transformer_runs(0.15, MILDEST_DROPOUT) | HALF_RUNS | FAMILY_RUNS | CONSTANT_RUNS,
+            [*transformer_rows(0.15, MILDEST_DROPOUT), *HALF_ROWS, *FAMILY_ROWS, *CONSTANT_ROWS],
         ),
         fine_tuning(
             *("llama", "enwik6", "django", 60, TRANSFORMER_RATES),
