@@ -85,6 +85,22 @@ def test_every_image_classifier_ran_with_its_seeds() -> None:
         assert own == ({0} if name.startswith("deep_ensemble") else {0, 1, 2}), name
 
 
+def test_a_run_with_ema_adds_its_averages_only() -> None:
+    def names(ema_decay: float | None, average: str) -> list[str]:
+        results = [
+            {"method": method, "variant": variant, "minutes": 1.0, "scores": {"test": {}}, "ood_auroc": {}}
+            for method in ("base", "late_phase")
+            for variant in ("", average, f"{average}, ensemble")
+        ]
+        report = {"settings": {"ema_decay": ema_decay}, "results": results}
+        return [record["method"] for record in image_classifiers.records_of(report)]
+
+    late = ["late_phase", "late_phase, SWA", "late_phase, SWA, ensemble"]
+    assert names(None, "SWA") == ["base", *late]  # base with SWA is the method swa
+    averages = ["EMA", "EMA, ensemble"]
+    assert names(0.98, "EMA") == [f"{method}, {name}" for method in ("base", "late_phase") for name in averages]
+
+
 def test_a_readme_without_the_mark_is_refused() -> None:
     with pytest.raises(ValueError, match="has no line '<!-- here -->'"):
         put_into_readme("text", "here", "table")

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from image_classifiers import RECIPE, SWA
 from model_arguments import ModelArguments
 from recipe import parse_arguments
 from run_cifar import ImageArguments, MethodArguments, model_config_of, prepare_images
-from runs import EXAMPLES, environment, markdown, spread
+from runs import environment, markdown, spread
 from torch import nn
 from transformers import AutoModelForImageClassification, TrainingArguments
 from vision import ImageTrainer, read_points, train
@@ -85,8 +86,7 @@ def table(records: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Trains with every seed, averages, and writes the figures."""
     types = (ModelArguments, ImageArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
-    recipe = str(EXAMPLES / "recipes" / "benchmark_cifar.yaml")
-    argv = [recipe, *(sys.argv[1:] if argv is None else argv)]
+    argv = [str(RECIPE), *SWA, *(sys.argv[1:] if argv is None else argv)]
     model_arguments, image_arguments, methods, config, args = parse_arguments(types, argv, __doc__)
     splits = load_images(image_arguments.dataset)
     model_config = model_config_of("late_phase", model_arguments, methods, splits.class_names)

@@ -22,6 +22,8 @@ from transformers import HfArgumentParser
 
 RESULTS = Path(__file__).with_name("image_classifiers.json")
 RECIPE = EXAMPLES / "recipes" / "benchmark_cifar.yaml"
+SWA = ["--swa_start=0.8", "--swa_every=0.02"]
+EMA = ["--ema_decay=0.98"]  # per update, as in `evidence_tables.py`
 # Of one run each; those that share a run stand together.
 GROUPS = (
     ("base", "swa"),
@@ -33,6 +35,8 @@ GROUPS = (
     ("late_phase_full",),
     ("late_phase_hypernet",),
 )
+# Run once more, since an average over time is one or the other.
+EMA_METHODS = ("base", "late_phase", "accumulation")
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "brier_score": "Brier", "calibration_error": "ECE"}
 
 
@@ -52,22 +56,25 @@ class BenchmarkArguments:
     workers: int = field(default=2, metadata={"help": "Runs side by side, each on one thread."})
 
 
-def make_run(arguments: BenchmarkArguments, methods: tuple[str, ...], seed: int) -> Run:
-    """One run of some methods."""
-    flags = ["--method", *methods, f"--seed={seed}"]
+def make_run(arguments: BenchmarkArguments, methods: tuple[str, ...], seed: int, average: list[str] = SWA) -> Run:
+    """One run of some methods, with an average over time."""
+    flags = ["--method", *methods, f"--seed={seed}", *average]
     if arguments.dataset is not None:
         flags.append(f"--dataset={arguments.dataset}")
     if arguments.max_steps is not None:
         flags.append(f"--max_steps={arguments.max_steps}")
-    folder = Path(arguments.output_dir) / f"{methods[0]}-{seed}"
+    folder = Path(arguments.output_dir) / f"{methods[0]}{'-ema' if average == EMA else ''}-{seed}"
     return Run(folder, "run_cifar.py", [str(RECIPE), *flags], {"seed": seed})
 
 
 def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is recorded of a run."""
+    """What is recorded of a run: of one with EMA only the averages, since the rest is there from the one with SWA."""
     records = []
+    has_ema = report["settings"]["ema_decay"] is not None
     for result in report["results"]:
-        if result["method"] == "base" and result["variant"]:
+        if has_ema and "EMA" not in result["variant"]:
+            continue
+        if result["method"] == "base" and "SWA" in result["variant"]:
             continue  # is swa
         name = ", ".join(filter(None, (result["method"], result["variant"])))
         outside = {f"OOD {key}": value for key, value in result["ood_auroc"].items()}
@@ -100,6 +107,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     # Seed by seed, so that an interrupted benchmark has every method.
     runs = [make_run(arguments, methods, seed) for seed in arguments.seeds for methods in GROUPS]
+    runs += [make_run(arguments, (method,), seed, EMA) for seed in arguments.seeds for method in EMA_METHODS]
     if arguments.deep_ensemble:
         # First, since it takes the longest.
         runs.insert(0, make_run(arguments, ("deep_ensemble",), arguments.seeds[0]))
