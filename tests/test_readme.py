@@ -216,9 +216,8 @@ SNIPPETS: dict[str, Callable[[str, Path], None]] = {
     'LatePhaseConfig(num_members=1, weights=["norm"], swa_start=0.75)  # SWA for any Trainer user': (
         settings_of_the_controls
     ),
-    'LatePhaseConfig(num_members=5, weights=["rank1"], late_phase_start=0.05, init_noise=0.15, swa_start=0.1)': (
-        settings_of_the_controls
-    ),
+    'LatePhaseConfig(num_members=5, weights=["norm"], late_phase_start=0.05, base_gradient_scale=1 / 5, '
+    "swa_start=0.1)": settings_of_the_controls,
 }
 # Need a Hub: test_hub.py, which runs the first as it stands and loads in a fresh process as the second says.
 PUBLISHING = (
