@@ -208,8 +208,7 @@ def transformer_rows(noise: float, dropout: dict[str, list[str]], kind: str = "d
     ]
 
 
-MILDEST_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.02, 0.05, 0.1)}
-MILD_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.05, 0.1)}
+MILD_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.02, 0.05, 0.1)}
 STRONG_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.05, 0.1, 0.2)}
 # What stops early overfits less: in half as many updates.
 HALF = ["--max_steps=80"]
@@ -237,20 +236,37 @@ FAMILY_ROWS = [
 ]
 # What SWA is made for; and the base's gradients as means, as plain accumulation has them.
 MEAN = ["--base_gradient_scale=0.2"]
-CONSTANT_RUNS = {
+MEAN_RUNS = {
     "constant": [*BASE, *SWA, *CONSTANT],
-    "one sum": [*LATE, *SWA, "--weights", "norm", "--num_members=1", "--base_gradient_scale=5"],
-    "late norm constant": [*LATE, *SWA, "--weights", "norm", *CONSTANT],
     "late norm mean": [*LATE, *SWA, "--weights", "norm", *MEAN],
     "late norm mean constant": [*LATE, *SWA, "--weights", "norm", *MEAN, *CONSTANT],
 }
-CONSTANT_ROWS = [
+MEAN_ROWS = [
     Row("base, constant rate, SWA", "constant", AVERAGED),
-    Row("base, gradients × 5 from T0 on, SWA", "one sum", AVERAGED),
-    Row("late-phase norm, σ0 = 0, constant rate, SWA", "late norm constant", AVERAGED, is_late_phase=True),
     Row("late-phase norm, σ0 = 0, γ = 1/K, SWA", "late norm mean", AVERAGED, is_late_phase=True),
     Row(
         *("late-phase norm, σ0 = 0, γ = 1/K, constant rate, SWA", "late norm mean constant", AVERAGED),
+        is_late_phase=True,
+    ),
+]
+# Against gradients that are sums from T0 on.
+SUM_RUNS = {
+    "one sum": [*LATE, *SWA, "--weights", "norm", "--num_members=1", "--base_gradient_scale=5"],
+    "late norm constant": [*LATE, *SWA, "--weights", "norm", *CONSTANT],
+}
+SUM_ROWS = [
+    Row("base, gradients × 5 from T0 on, SWA", "one sum", AVERAGED),
+    Row("late-phase norm, σ0 = 0, constant rate, SWA", "late norm constant", AVERAGED, is_late_phase=True),
+]
+# The best that noise and dropout do.
+NOISE_RUNS = {
+    "dropout 0.02 constant": [*BASE, *SWA, *CONSTANT, *gpt2_dropout(0.02)],
+    "late 0.15 mean constant": [*LATE, *SWA, "--init_noise=0.15", *MEAN, *CONSTANT],
+}
+NOISE_ROWS = [
+    Row("base, dropout 0.02, constant rate, SWA", "dropout 0.02 constant", AVERAGED),
+    Row(
+        *("late-phase rank-1, σ0 = 0.15, γ = 1/K, constant rate, SWA", "late 0.15 mean constant", AVERAGED),
         is_late_phase=True,
     ),
 ]
@@ -350,8 +366,18 @@ TABLES = {
     for table in (
         fine_tuning(
             *("gpt2", "django", "enwik6", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, MILD_DROPOUT) | HALF_RUNS | {"batch ensemble": BATCH_ENSEMBLE},
-            [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS, BATCH_ENSEMBLE_ROW],
+            transformer_runs(0.15, MILD_DROPOUT)
+            | HALF_RUNS
+            | MEAN_RUNS
+            | NOISE_RUNS
+            | {"batch ensemble": BATCH_ENSEMBLE},
+            [
+                *transformer_rows(0.15, MILD_DROPOUT),
+                *HALF_ROWS,
+                *MEAN_ROWS,
+                *NOISE_ROWS,
+                BATCH_ENSEMBLE_ROW,
+            ],
         ),
         fine_tuning(
             *("gpt2", "enwik6", "django", 20, TRANSFORMER_RATES),
@@ -360,13 +386,13 @@ TABLES = {
         ),
         fine_tuning(
             *("gpt2", "enwik6", "django", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, MILDEST_DROPOUT) | HALF_RUNS | FAMILY_RUNS | CONSTANT_RUNS,
-            [*transformer_rows(0.15, MILDEST_DROPOUT), *HALF_ROWS, *FAMILY_ROWS, *CONSTANT_ROWS],
+            transformer_runs(0.15, MILD_DROPOUT) | HALF_RUNS | FAMILY_RUNS | MEAN_RUNS | SUM_RUNS,
+            [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS, *FAMILY_ROWS, *MEAN_ROWS, *SUM_ROWS],
         ),
         fine_tuning(
             *("llama", "enwik6", "django", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, LLAMA_DROPOUT) | FAMILY_RUNS,
-            [*transformer_rows(0.15, LLAMA_DROPOUT, "attention dropout"), *FAMILY_ROWS],
+            transformer_runs(0.15, LLAMA_DROPOUT) | FAMILY_RUNS | MEAN_RUNS,
+            [*transformer_rows(0.15, LLAMA_DROPOUT, "attention dropout"), *FAMILY_ROWS, *MEAN_ROWS],
         ),
         fine_tuning("lstm", "django", "enwik6", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         fine_tuning("lstm", "enwik6", "django", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
