@@ -135,7 +135,7 @@ def from_scratch(model: str, text: str, rates: list[float], runs: dict[str, list
         description=(
             f"A small {model}, initialised for each seed, trained on {text} for less than a pass. Every update takes "
             "five minibatches, but in the row that says otherwise: replication takes no update away, `base` and `one "
-            "member` are the accumulation control. T0 = 0.6, SWA from there on."
+            "member` are the accumulation control. T0 = 0.6, SWA from there on, γ = 1/K."
         ),
         script="run_enwik8.py",
         recipe=f"evidence_scratch_{model}.yaml",
@@ -270,28 +270,44 @@ NOISE_ROWS = [
         is_late_phase=True,
     ),
 ]
+# The LSTM has no norm layers.
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
+    "dropout ema": [*BASE, "--ema_decay=0.98", *LSTM_DROPOUT],
     "dropout cosine": [*BASE, *SWA, *COSINE, *LSTM_DROPOUT],
+    "dropout constant": [*BASE, *SWA, *CONSTANT, *LSTM_DROPOUT],
     "schedule-free": [*SCHEDULE_FREE, *LSTM_DROPOUT],
     "one dropout": [*ONE, *SWA, *LSTM_DROPOUT],
     "late 0.3": [*LATE, *SWA, "--init_noise=0.3"],
     "late 0 dropout": [*LATE, *SWA, *LSTM_DROPOUT],
     "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, "--init_noise=0.15"],
+    "late mean dropout": [*LATE, *SWA, *LSTM_DROPOUT, *MEAN],
+    "late mean dropout constant": [*LATE, *SWA, *CONSTANT, *LSTM_DROPOUT, *MEAN],
+    "batch ensemble": BATCH_ENSEMBLE,
 }
 LSTM_ROWS = [
     Row("base, linear decay", "base"),
     Row("base, linear decay, SWA", "base", figures=AVERAGED),
     Row("base, dropout 0.2, linear decay", "dropout"),
     Row("base, dropout 0.2, linear decay, SWA", "dropout", figures=AVERAGED),
+    Row("base, dropout 0.2, linear decay, EMA", "dropout ema", figures=AVERAGED),
     Row("base, dropout 0.2, cosine decay", "dropout cosine"),
+    Row("base, dropout 0.2, constant rate, SWA", "dropout constant", figures=AVERAGED),
     Row("base, dropout 0.2, schedule-free AdamW", "schedule-free"),
     Row("one member (rank-1), dropout 0.2", "one dropout"),
+    Row("one member (rank-1), dropout 0.2, SWA", "one dropout", figures=AVERAGED),
     Row("late-phase rank-1, σ0 = 0.3", "late 0.3", is_late_phase=True),
     Row("late-phase rank-1, σ0 = 0.3, SWA", "late 0.3", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
+    Row("late-phase rank-1, dropout 0.2, γ = 1/K", "late mean dropout", is_late_phase=True),
+    Row("late-phase rank-1, dropout 0.2, γ = 1/K, SWA", "late mean dropout", figures=AVERAGED, is_late_phase=True),
+    Row(
+        *("late-phase rank-1, dropout 0.2, γ = 1/K, constant rate, SWA", "late mean dropout constant", AVERAGED),
+        is_late_phase=True,
+    ),
+    BATCH_ENSEMBLE_ROW,
 ]
 SCRATCH_SWA = ["--swa_start=0.6"]
 SCRATCH_RUNS = {
@@ -302,10 +318,10 @@ SCRATCH_RUNS = {
     "often": [*BASE, *SCRATCH_SWA, "--gradient_accumulation_steps=1", "--max_steps=1500", "--warmup_steps=150"],
     "schedule-free": SCHEDULE_FREE,
     "one": [*ONE, *SCRATCH_SWA],
-    "late": [*LATE, *SCRATCH_SWA],
-    "late constant": [*LATE, *SCRATCH_SWA, *CONSTANT],
-    "late 0.15": [*LATE, *SCRATCH_SWA, "--init_noise=0.15"],
-    "batch ensemble": [*BATCH_ENSEMBLE, "--init_noise=0.5"],
+    "late": [*LATE, *SCRATCH_SWA, *MEAN],
+    "late ema": [*LATE, "--ema_decay=0.98", *MEAN],
+    "late constant": [*LATE, *SCRATCH_SWA, *MEAN, *CONSTANT],
+    "batch ensemble": [*BATCH_ENSEMBLE, *MEAN, "--init_noise=0.5"],
 }
 SCRATCH_ROWS = [
     Row("base, constant rate, SWA", "constant", figures=AVERAGED),
@@ -319,14 +335,14 @@ SCRATCH_ROWS = [
     Row("one member (rank-1), linear decay, SWA", "one", figures=AVERAGED),
     Row("late-phase rank-1, linear decay", "late", is_late_phase=True),
     Row("late-phase rank-1, linear decay, SWA", "late", figures=AVERAGED, is_late_phase=True),
+    Row("late-phase rank-1, linear decay, EMA", "late ema", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, constant rate, SWA", "late constant", figures=AVERAGED, is_late_phase=True),
-    Row("late-phase rank-1, σ0 = 0.15, linear decay", "late 0.15", is_late_phase=True),
     Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE),
 ]
 # What a transformer has and the LSTM has not: norm layers.
 NORM_RUNS = {
-    "norm": [*LATE, *SCRATCH_SWA, "--weights", "norm"],
-    "both": [*LATE, *SCRATCH_SWA, "--weights", "norm", "rank1"],
+    "norm": [*LATE, *SCRATCH_SWA, *MEAN, "--weights", "norm"],
+    "both": [*LATE, *SCRATCH_SWA, *MEAN, "--weights", "norm", "rank1"],
 }
 NORM_ROWS = [
     Row("late-phase norm, linear decay", "norm", is_late_phase=True),
