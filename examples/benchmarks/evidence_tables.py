@@ -315,7 +315,7 @@ SCRATCH_RUNS = {
     "ema": [*BASE, "--ema_decay=0.98"],
     "cosine": [*BASE, *SCRATCH_SWA, *COSINE],
     "constant": [*BASE, *SCRATCH_SWA, *CONSTANT],
-    "often": [*BASE, *SCRATCH_SWA, "--gradient_accumulation_steps=1", "--max_steps=1500", "--warmup_steps=150"],
+    "often": [*BASE, *SCRATCH_SWA, "--gradient_accumulation_steps=1", "--max_steps=1000", "--warmup_steps=100"],
     "schedule-free": SCHEDULE_FREE,
     "one": [*ONE, *SCRATCH_SWA],
     "late": [*LATE, *SCRATCH_SWA, *MEAN],

@@ -36,7 +36,7 @@ GROUPS = (
     ("late_phase_hypernet",),
 )
 # Run once more, since an average over time is one or the other.
-EMA_METHODS = ("base", "late_phase", "accumulation")
+EMA_METHODS = ("base", "late_phase")
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "brier_score": "Brier", "calibration_error": "ECE"}
 
 
