@@ -406,7 +406,7 @@ TABLES = {
             [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS, *FAMILY_ROWS, *MEAN_ROWS, *SUM_ROWS],
         ),
         fine_tuning(
-            *("llama", "enwik6", "django", 60, TRANSFORMER_RATES),
+            *("llama", "django", "enwik6", 60, TRANSFORMER_RATES),
             transformer_runs(0.15, LLAMA_DROPOUT) | FAMILY_RUNS | MEAN_RUNS,
             [*transformer_rows(0.15, LLAMA_DROPOUT, "attention dropout"), *FAMILY_ROWS, *MEAN_ROWS],
         ),
