@@ -105,7 +105,7 @@ def test_all_seeds_choose_between_the_two_best_rates_of_the_first(tmp_path, monk
     table = TABLES["finetune_gpt2_enwik6_60kb"]
     low, middle, high = table.rates
     # The first seed says the middle; on average it is the highest rate: one more is tried, and is far off.
-    figures = {low: 4.0, middle: 3.0, high: 3.1, 2 * high: 5.0}
+    figures = {low: 4.0, middle: 3.0, high: 3.04, 2 * high: 5.0}
     monkeypatch.setattr(evidence, "run_all", lambda runs, workers: None)
 
     def read(run, row):
@@ -116,9 +116,15 @@ def test_all_seeds_choose_between_the_two_best_rates_of_the_first(tmp_path, monk
     monkeypatch.setattr(evidence, "read", read)
     for row in evidence.fill(table, tmp_path, 1).values():
         assert row["rate"] == high
-        assert row["validation"] == [3.1] * 5 and row["test"] == [10 * high + seed for seed in range(5)]
-        tried = {f"{low:g}": [4.0], f"{middle:g}": [3.0, *[3.5] * 4], f"{high:g}": [3.1] * 5, f"{2 * high:g}": [5.0]}
+        assert row["validation"] == [3.04] * 5 and row["test"] == [10 * high + seed for seed in range(5)]
+        tried = {f"{low:g}": [4.0], f"{middle:g}": [3.0, *[3.5] * 4], f"{high:g}": [3.04] * 5, f"{2 * high:g}": [5.0]}
         assert row["validation by rate"] == tried
+
+
+def test_a_rate_far_from_the_first_seeds_best_is_not_run_with_all_seeds() -> None:
+    assert evidence.two_best({1.0: [3.5], 2.0: [3.04], 3.0: [3.0]}) == [3.0, 2.0]
+    assert evidence.two_best({1.0: [3.5], 2.0: [3.06], 3.0: [3.0]}) == [3.0]
+    assert evidence.two_best({1.0: [3.0]}) == [1.0]
 
 
 def test_an_ensemble_is_no_strongest_control() -> None:
