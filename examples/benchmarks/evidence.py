@@ -5,10 +5,11 @@ The evidence: what replicating weights adds to what the same minibatches buy wit
 
 A table (see `evidence_tables.py`) compares methods over the same minibatches. For each of its rows the learning rate
 is chosen on the validation split: the first seed tries a grid, all seeds run at its two best rates (at the second only
-if it is near), the mean decides, and the grid is extended until that best is neither the lowest nor the highest. The test split is read only then: what
-is recorded of the other rates has no test figures. Every run is a script of `examples/` in a folder of its own; runs
-that have finished are not repeated, so an interrupted table goes on where it was. The figures of a table go to
-`evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all of those.
+if it is near), the mean decides, and the grid is extended until that best is neither the lowest nor the highest. The
+test split is read only then: what is recorded of the other rates has no test figures. Every run is a script of
+`examples/` in a folder of its own; runs that have finished are not repeated, so an interrupted table goes on where it
+was. The figures of a table go to `evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all
+of those.
 """
 
 from __future__ import annotations
