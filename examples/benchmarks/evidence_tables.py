@@ -270,44 +270,28 @@ NOISE_ROWS = [
         is_late_phase=True,
     ),
 ]
-# The LSTM has no norm layers.
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
-    "dropout ema": [*BASE, "--ema_decay=0.98", *LSTM_DROPOUT],
     "dropout cosine": [*BASE, *SWA, *COSINE, *LSTM_DROPOUT],
-    "dropout constant": [*BASE, *SWA, *CONSTANT, *LSTM_DROPOUT],
     "schedule-free": [*SCHEDULE_FREE, *LSTM_DROPOUT],
     "one dropout": [*ONE, *SWA, *LSTM_DROPOUT],
     "late 0.3": [*LATE, *SWA, "--init_noise=0.3"],
     "late 0 dropout": [*LATE, *SWA, *LSTM_DROPOUT],
     "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, "--init_noise=0.15"],
-    "late mean dropout": [*LATE, *SWA, *LSTM_DROPOUT, *MEAN],
-    "late mean dropout constant": [*LATE, *SWA, *CONSTANT, *LSTM_DROPOUT, *MEAN],
-    "batch ensemble": BATCH_ENSEMBLE,
 }
 LSTM_ROWS = [
     Row("base, linear decay", "base"),
     Row("base, linear decay, SWA", "base", figures=AVERAGED),
     Row("base, dropout 0.2, linear decay", "dropout"),
     Row("base, dropout 0.2, linear decay, SWA", "dropout", figures=AVERAGED),
-    Row("base, dropout 0.2, linear decay, EMA", "dropout ema", figures=AVERAGED),
     Row("base, dropout 0.2, cosine decay", "dropout cosine"),
-    Row("base, dropout 0.2, constant rate, SWA", "dropout constant", figures=AVERAGED),
     Row("base, dropout 0.2, schedule-free AdamW", "schedule-free"),
     Row("one member (rank-1), dropout 0.2", "one dropout"),
-    Row("one member (rank-1), dropout 0.2, SWA", "one dropout", figures=AVERAGED),
     Row("late-phase rank-1, σ0 = 0.3", "late 0.3", is_late_phase=True),
     Row("late-phase rank-1, σ0 = 0.3, SWA", "late 0.3", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
-    Row("late-phase rank-1, dropout 0.2, γ = 1/K", "late mean dropout", is_late_phase=True),
-    Row("late-phase rank-1, dropout 0.2, γ = 1/K, SWA", "late mean dropout", figures=AVERAGED, is_late_phase=True),
-    Row(
-        *("late-phase rank-1, dropout 0.2, γ = 1/K, constant rate, SWA", "late mean dropout constant", AVERAGED),
-        is_late_phase=True,
-    ),
-    BATCH_ENSEMBLE_ROW,
 ]
 SCRATCH_SWA = ["--swa_start=0.6"]
 SCRATCH_RUNS = {
