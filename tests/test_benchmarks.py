@@ -80,6 +80,7 @@ def test_every_image_classifier_ran_with_its_seeds() -> None:
         seeds.setdefault(r["method"], set()).add(r["seed"])
     methods = {method for group in image_classifiers.GROUPS for method in group}
     assert {name.partition(",")[0] for name in seeds} == methods | {"deep_ensemble"}
+    assert {f"{method}, EMA" for method in image_classifiers.EMA_METHODS} <= set(seeds)
     for name, own in seeds.items():
         # The deep ensemble trains K networks: once, by design.
         assert own == ({0} if name.startswith("deep_ensemble") else {0, 1, 2}), name
