@@ -45,7 +45,11 @@ def test_every_run_parses_and_gives_every_method_equally_many_rows(table, tmp_pa
         assert (row.figures == ENSEMBLE) == methods.score_members
         seen = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
         minibatches.add(2 * seen if "half" in row.name else seen)
-        if replicates and config.member_assignment == "minibatch":
+        if table.pretrained is None:
+            assert args.gradient_accumulation_steps == 1
+            if row.is_late_phase or "accumulation" in row.name:  # its control: as many updates, of gradients as large
+                assert (config.num_members, config.base_gradient_scale, config.cycle_length) == (5, 1 / 5, None)
+        elif replicates and config.member_assignment == "minibatch":
             # An update is one cycle: replication takes none away.
             assert args.gradient_accumulation_steps % config.num_members == 0
     # Every method sees as much, but for those that say that they stop early.
