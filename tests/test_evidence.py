@@ -256,6 +256,23 @@ def test_what_is_said_of_fine_tuning_is_what_the_figures_say(name, late, noise) 
             assert abs(evidence.difference(rows[other]["test"], rows[own]["test"])[0]) < 0.002
 
 
+def test_what_is_said_of_training_from_scratch_is_what_the_figures_say() -> None:
+    rows = evidence.recorded()["scratch_lstm_django"]["rows"]
+    late, one = "late-phase rank-1, linear decay", "one member (rank-1), accumulation from T0 on, linear decay"
+    words = " ".join(LatePhaseConfig.__doc__.split())
+    means = [f"{statistics.mean(rows[row]['test']):.3f}" for row in (late, one, "base, linear decay")]
+    assert "late-phase {}, one member that accumulates as long {}, plain training {}".format(*means) in words
+    for schedule in ("linear decay", "constant rate", "constant rate, SWA"):
+        own, control = (f"{start}, {schedule}" for start in (late.partition(",")[0], one.rpartition(",")[0]))
+        assert abs(evidence.difference(rows[control]["test"], rows[own]["test"])[0]) < 0.002
+    mean, width = evidence.difference(rows["base, linear decay"]["test"], rows[late]["test"])
+    assert mean + width < 0 and round(mean, 3) == -0.110
+    mean, width = evidence.difference(
+        rows["base, constant rate"]["test"], rows["late-phase rank-1, constant rate"]["test"]
+    )
+    assert abs(mean) < width
+
+
 def test_no_path_of_a_machine_is_recorded() -> None:
     for path in evidence.FIGURES.glob("*.json"):
         assert str(Path.home()) not in path.read_text(encoding="utf-8")

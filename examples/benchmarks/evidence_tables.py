@@ -175,55 +175,44 @@ def gpt2_dropout(rate: float) -> list[str]:
     return [f'--model_config={{"resid_pdrop": {rate}, "embd_pdrop": {rate}, "attn_pdrop": {rate}}}']
 
 
-def transformer_runs(noise: float, dropout: dict[str, list[str]]) -> dict[str, list[str]]:
-    """All methods, with a σ0, beside the base with dropout of several strengths."""
-    noisy = f"--init_noise={noise}"
-    return {
-        "base": [*BASE, *SWA],
-        "ema": [*BASE, "--ema_decay=0.98"],
-        "cosine": [*BASE, *SWA, *COSINE],
-        "schedule-free": SCHEDULE_FREE,
-        **{f"dropout {rate}": [*BASE, *SWA, *flags] for rate, flags in dropout.items()},
-        "one": [*ONE, *SWA],
-        "one noisy": [*LATE, *SWA, "--num_members=1", noisy],
-        "late 0": [*LATE, *SWA],
-        f"late {noise}": [*LATE, *SWA, noisy],
-    }
-
-
-def transformer_rows(noise: float, dropout: dict[str, list[str]], kind: str = "dropout") -> list[Row]:
-    """The lines of `transformer_runs`."""
-    return [
-        Row("base, linear decay", "base"),
-        Row("base, linear decay, SWA", "base", figures=AVERAGED),
-        Row("base, linear decay, EMA", "ema", figures=AVERAGED),
-        Row("base, cosine decay, SWA", "cosine", figures=AVERAGED),
-        Row("base, schedule-free AdamW", "schedule-free"),
-        *(Row(f"base, {kind} {rate}, SWA", f"dropout {rate}", figures=AVERAGED) for rate in dropout),
-        Row("one member (rank-1), SWA", "one", figures=AVERAGED),
-        Row(f"one member (rank-1), σ0 = {noise}, SWA", "one noisy", figures=AVERAGED),
-        Row("late-phase rank-1, σ0 = 0, SWA", "late 0", figures=AVERAGED, is_late_phase=True),
-        Row(f"late-phase rank-1, σ0 = {noise}", f"late {noise}", is_late_phase=True),
-        Row(f"late-phase rank-1, σ0 = {noise}, SWA", f"late {noise}", figures=AVERAGED, is_late_phase=True),
-    ]
-
-
 MILD_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.02, 0.05, 0.1)}
-STRONG_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.05, 0.1, 0.2)}
+NOISE = "--init_noise=0.15"
+TRANSFORMER_RUNS = {
+    "base": [*BASE, *SWA],
+    "ema": [*BASE, "--ema_decay=0.98"],
+    "cosine": [*BASE, *SWA, *COSINE],
+    "schedule-free": SCHEDULE_FREE,
+    **{f"dropout {rate}": [*BASE, *SWA, *flags] for rate, flags in MILD_DROPOUT.items()},
+    "one": [*ONE, *SWA],
+    "one noisy": [*LATE, *SWA, "--num_members=1", NOISE],
+    "late 0": [*LATE, *SWA],
+    "late 0.15": [*LATE, *SWA, NOISE],
+}
+TRANSFORMER_ROWS = [
+    Row("base, linear decay", "base"),
+    Row("base, linear decay, SWA", "base", figures=AVERAGED),
+    Row("base, linear decay, EMA", "ema", figures=AVERAGED),
+    Row("base, cosine decay, SWA", "cosine", figures=AVERAGED),
+    Row("base, schedule-free AdamW", "schedule-free"),
+    *(Row(f"base, dropout {rate}, SWA", f"dropout {rate}", figures=AVERAGED) for rate in MILD_DROPOUT),
+    Row("one member (rank-1), SWA", "one", figures=AVERAGED),
+    Row("one member (rank-1), σ0 = 0.15, SWA", "one noisy", figures=AVERAGED),
+    Row("late-phase rank-1, σ0 = 0, SWA", "late 0", figures=AVERAGED, is_late_phase=True),
+    Row("late-phase rank-1, σ0 = 0.15", "late 0.15", is_late_phase=True),
+    Row("late-phase rank-1, σ0 = 0.15, SWA", "late 0.15", figures=AVERAGED, is_late_phase=True),
+]
 # What stops early overfits less: in half as many updates.
 HALF = ["--max_steps=80"]
 HALF_RUNS = {
     "base half": [*BASE, *SWA, *HALF],
     "dropout 0.05 half": [*BASE, *SWA, *gpt2_dropout(0.05), *HALF],
-    "late 0.15 half": [*LATE, *SWA, "--init_noise=0.15", *HALF],
+    "late 0.15 half": [*LATE, *SWA, NOISE, *HALF],
 }
 HALF_ROWS = [
     Row("base, half the updates, SWA", "base half", figures=AVERAGED),
     Row("base, dropout 0.05, half the updates, SWA", "dropout 0.05 half", figures=AVERAGED),
     Row("late-phase rank-1, σ0 = 0.15, half the updates, SWA", "late 0.15 half", AVERAGED, is_late_phase=True),
 ]
-# All the dropout that a llama has.
-LLAMA_DROPOUT = {"0.1": ['--model_config={"attention_dropout": 0.1}']}
 BATCH_ENSEMBLE_ROW = Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE)
 # Norm layers add no parameters: their one member is the base.
 FAMILY_RUNS = {
@@ -261,7 +250,7 @@ SUM_ROWS = [
 # The best that noise and dropout do.
 NOISE_RUNS = {
     "dropout 0.02 constant": [*BASE, *SWA, *CONSTANT, *gpt2_dropout(0.02)],
-    "late 0.15 mean constant": [*LATE, *SWA, "--init_noise=0.15", *MEAN, *CONSTANT],
+    "late 0.15 mean constant": [*LATE, *SWA, NOISE, *MEAN, *CONSTANT],
 }
 NOISE_ROWS = [
     Row("base, dropout 0.02, constant rate, SWA", "dropout 0.02 constant", AVERAGED),
@@ -341,7 +330,7 @@ NORM_ROWS = [
     Row("late-phase norm and rank-1, linear decay", "both", is_late_phase=True),
 ]
 # One setting at a time beside that of the table above; of the ten members an update takes ten smaller minibatches.
-NOISY = [*LATE, *SWA, "--init_noise=0.15"]
+NOISY = [*LATE, *SWA, NOISE]
 TEN = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=10"]
 ABLATIONS = {
     "K = 5, T0 = 0.05, σ0 = 0.15, rank-1": NOISY,
@@ -365,7 +354,7 @@ ABLATIONS = {
     ],
     "members by Adam, base by γ = 1/K": [*NOISY, *MEAN],
     "cosine decay": [*NOISY, *COSINE],
-    "constant rate": [*NOISY, "--lr_scheduler_type=constant_with_warmup"],
+    "constant rate": [*NOISY, *CONSTANT],
 }  # fmt: skip
 SCRATCH_RATES = {"lstm": [8e-3, 1.6e-2, 3.2e-2], "gpt2": [2e-3, 4e-3, 8e-3]}
 TRANSFORMER_RATES, LSTM_RATES = [5e-4, 1e-3, 2e-3], [4e-3, 8e-3, 1.6e-2]
@@ -374,36 +363,15 @@ TABLES = {
     for table in (
         fine_tuning(
             *("gpt2", "django", "enwik6", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, MILD_DROPOUT)
-            | HALF_RUNS
-            | MEAN_RUNS
-            | NOISE_RUNS
-            | {"batch ensemble": BATCH_ENSEMBLE},
-            [
-                *transformer_rows(0.15, MILD_DROPOUT),
-                *HALF_ROWS,
-                *MEAN_ROWS,
-                *NOISE_ROWS,
-                BATCH_ENSEMBLE_ROW,
-            ],
-        ),
-        fine_tuning(
-            *("gpt2", "enwik6", "django", 20, TRANSFORMER_RATES),
-            transformer_runs(0.3, STRONG_DROPOUT) | HALF_RUNS,
-            [*transformer_rows(0.3, STRONG_DROPOUT), *HALF_ROWS],
+            TRANSFORMER_RUNS | HALF_RUNS | MEAN_RUNS | NOISE_RUNS | {"batch ensemble": BATCH_ENSEMBLE},
+            [*TRANSFORMER_ROWS, *HALF_ROWS, *MEAN_ROWS, *NOISE_ROWS, BATCH_ENSEMBLE_ROW],
         ),
         fine_tuning(
             *("gpt2", "enwik6", "django", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, MILD_DROPOUT) | HALF_RUNS | FAMILY_RUNS | MEAN_RUNS | SUM_RUNS,
-            [*transformer_rows(0.15, MILD_DROPOUT), *HALF_ROWS, *FAMILY_ROWS, *MEAN_ROWS, *SUM_ROWS],
-        ),
-        fine_tuning(
-            *("llama", "django", "enwik6", 60, TRANSFORMER_RATES),
-            transformer_runs(0.15, LLAMA_DROPOUT) | FAMILY_RUNS | MEAN_RUNS,
-            [*transformer_rows(0.15, LLAMA_DROPOUT, "attention dropout"), *FAMILY_ROWS, *MEAN_ROWS],
+            TRANSFORMER_RUNS | HALF_RUNS | FAMILY_RUNS | MEAN_RUNS | SUM_RUNS,
+            [*TRANSFORMER_ROWS, *HALF_ROWS, *FAMILY_ROWS, *MEAN_ROWS, *SUM_ROWS],
         ),
         fine_tuning("lstm", "django", "enwik6", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
-        fine_tuning("lstm", "enwik6", "django", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         from_scratch("lstm", "django", SCRATCH_RATES["lstm"], SCRATCH_RUNS, SCRATCH_ROWS),
         from_scratch("gpt2", "django", SCRATCH_RATES["gpt2"], SCRATCH_RUNS | NORM_RUNS, [*SCRATCH_ROWS, *NORM_ROWS]),
         ablations("gpt2", "django", "enwik6", 1e-3),
