@@ -273,6 +273,24 @@ def test_what_is_said_of_training_from_scratch_is_what_the_figures_say() -> None
     assert abs(mean) < width
 
 
+def test_what_is_said_of_the_settings_is_what_the_figures_say() -> None:
+    name = "ablations_gpt2_enwik6"
+    table, rows = TABLES[name], evidence.recorded()[name]["rows"]
+    assert table.is_ablation and table.title not in evidence.summary()
+    usual = table.rows[0].name
+    intervals = {row: evidence.difference(rows[row]["test"], rows[usual]["test"]) for row in rows}
+    for row, said in (("T0 = 0.3", 0.040), ("T0 = 0.6", 0.079), ("rank-1, second block only", 0.038)):
+        mean, width = intervals[row]
+        assert mean - width > 0 and round(mean, 3) == said
+    equal = ["γ = 0.2", "cosine decay", "norm and rank-1", "rows dealt out (by sample)", "rank-1, first block only"]
+    for row in [*equal, *(f"K = {members}, ten minibatches" for members in (2, 5, 10))]:
+        mean, width = intervals[row]
+        assert abs(mean) < width, row
+    means = {row: [statistics.mean(rows[row][split]) for split in ("validation", "test")] for row in rows}
+    noises = [usual, *(row for row in rows if row.startswith("σ0"))]
+    assert max(noises, key=lambda row: means[row][0]) == "σ0 = 0.3" == min(noises, key=lambda row: means[row][1])
+
+
 def test_no_path_of_a_machine_is_recorded() -> None:
     for path in evidence.FIGURES.glob("*.json"):
         assert str(Path.home()) not in path.read_text(encoding="utf-8")

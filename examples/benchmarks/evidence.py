@@ -175,9 +175,9 @@ def best_of(table: Table, rows: dict[str, Any], late_phase: bool, split: str) ->
 
 
 def section(table: Table, record: dict[str, Any]) -> str:
-    """A table in Markdown, with the paired difference of each row from the best late-phase row (by validation)."""
+    """A table in Markdown, with paired differences from its best late-phase row (on validation) or its first."""
     rows = record["rows"]
-    best = best_of(table, rows, late_phase=True, split="validation")
+    best = table.rows[0].name if table.is_ablation else best_of(table, rows, late_phase=True, split="validation")
     lines = []
     for row in table.rows:
         own = rows[row.name]
@@ -191,7 +191,8 @@ def section(table: Table, record: dict[str, Any]) -> str:
     header = ["method", "rate", "validation", "test", f"test, less that of {best}"]
     seeds = len(next(iter(rows.values()))["seeds"])
     text = f"{table.description} {seeds} seeds; bits per byte, lower is better; mean ± standard deviation, and in the "
-    text += "last column the paired difference with its 95 % interval: positive means that late-phase is better.\n"
+    text += "last column the paired difference with its 95 % interval: positive means that "
+    text += f"{'the first row' if table.is_ablation else 'late-phase'} is better.\n"
     parts = [f"## {table.title}\n", text, markdown(header, 1, lines)]
     if together := record.get("deep ensemble"):
         parts.append(
@@ -223,9 +224,9 @@ def summary() -> str:
     lines = []
     for name, record in recorded().items():
         table, rows = TABLES[name], record["rows"]
-        late = best_of(table, rows, late_phase=True, split="validation")
-        if all(row.is_late_phase for row in table.rows):
+        if table.is_ablation:
             continue
+        late = best_of(table, rows, late_phase=True, split="validation")
         control = best_of(table, rows, late_phase=False, split="test")
         mean, width = difference(rows[control]["test"], rows[late]["test"])
         lines.append(

@@ -70,6 +70,11 @@ class Table:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     deep_ensemble: str | None = "base, linear decay, SWA"
 
+    @property
+    def is_ablation(self) -> bool:
+        """Whether all rows are late-phase training, to be compared with the first."""
+        return all(row.is_late_phase for row in self.rows)
+
     def flags(self, folder: Path) -> list[str]:
         """What all runs have in common."""
         flags = [f"--data_file={text_file(self.text, folder)}", *self.common]
@@ -155,8 +160,10 @@ def ablations(model: str, source: str, target: str, rate: float) -> Table:
         table,
         name=f"ablations_{model}_{target}",
         title=f"What the settings do: {model} on 60 KB of {target}",
-        description=table.description
-        + " One setting at a time differs from those of the first row, SWA of each; at one rate.",
+        description=(
+            f"The same as in “{table.title}”, always with SWA; one setting at a time differs from those of the first "
+            "row. At one rate, which is not tuned for each."
+        ),
         seeds=[0, 1, 2],
         deep_ensemble=None,
     )
@@ -352,7 +359,7 @@ ABLATIONS = {
         *NOISY, "--member_assignment=sample", "--per_device_train_batch_size=40", "--gradient_accumulation_steps=1",
         "--dataloader_drop_last=true",
     ],
-    "members by Adam, base by γ = 1/K": [*NOISY, *MEAN],
+    "γ = 0.2": [*NOISY, *MEAN],
     "cosine decay": [*NOISY, *COSINE],
     "constant rate": [*NOISY, *CONSTANT],
 }  # fmt: skip
