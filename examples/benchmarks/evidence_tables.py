@@ -170,10 +170,11 @@ def ablations(model: str, source: str, target: str, rate: float) -> Table:
 
 
 BASE, ONE, LATE = ["--method=base"], ["--method=one_member"], ["--method=late_phase"]
-SWA, COSINE = ["--swa_start=0.1"], ["--lr_scheduler_type=cosine"]
-CONSTANT = ["--lr_scheduler_type=constant_with_warmup"]
+LATE_NORM = [*LATE, "--weights", "norm"]
+SWA, EMA = ["--swa_start=0.1"], ["--ema_decay=0.98"]
+COSINE, CONSTANT = ["--lr_scheduler_type=cosine"], ["--lr_scheduler_type=constant_with_warmup"]
 SCHEDULE_FREE = ["--method=base", "--lr_scheduler_type=constant", "--optim=schedule_free_adamw"]
-BATCH_ENSEMBLE = [*LATE, "--late_phase_start=0", "--init_noise=0.15", "--score_members=true"]
+BATCH_ENSEMBLE = [*LATE, "--late_phase_start=0", "--score_members=true"]
 LSTM_DROPOUT = ['--model_config={"dropout": 0.2}']
 
 
@@ -186,7 +187,7 @@ MILD_DROPOUT = {f"{rate}": gpt2_dropout(rate) for rate in (0.02, 0.05, 0.1)}
 NOISE = "--init_noise=0.15"
 TRANSFORMER_RUNS = {
     "base": [*BASE, *SWA],
-    "ema": [*BASE, "--ema_decay=0.98"],
+    "ema": [*BASE, *EMA],
     "cosine": [*BASE, *SWA, *COSINE],
     "schedule-free": SCHEDULE_FREE,
     **{f"dropout {rate}": [*BASE, *SWA, *flags] for rate, flags in MILD_DROPOUT.items()},
@@ -223,7 +224,7 @@ HALF_ROWS = [
 BATCH_ENSEMBLE_ROW = Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE)
 # Norm layers add no parameters: their one member is the base.
 FAMILY_RUNS = {
-    "late norm": [*LATE, *SWA, "--weights", "norm"],
+    "late norm": [*LATE_NORM, *SWA],
     "late both": [*LATE, *SWA, "--weights", "norm", "rank1"],
 }
 FAMILY_ROWS = [
@@ -234,8 +235,8 @@ FAMILY_ROWS = [
 MEAN = ["--base_gradient_scale=0.2"]
 MEAN_RUNS = {
     "constant": [*BASE, *SWA, *CONSTANT],
-    "late norm mean": [*LATE, *SWA, "--weights", "norm", *MEAN],
-    "late norm mean constant": [*LATE, *SWA, "--weights", "norm", *MEAN, *CONSTANT],
+    "late norm mean": [*LATE_NORM, *SWA, *MEAN],
+    "late norm mean constant": [*LATE_NORM, *SWA, *MEAN, *CONSTANT],
 }
 MEAN_ROWS = [
     Row("base, constant rate, SWA", "constant", AVERAGED),
@@ -247,8 +248,8 @@ MEAN_ROWS = [
 ]
 # Against gradients that are sums from T0 on.
 SUM_RUNS = {
-    "one sum": [*LATE, *SWA, "--weights", "norm", "--num_members=1", "--base_gradient_scale=5"],
-    "late norm constant": [*LATE, *SWA, "--weights", "norm", *CONSTANT],
+    "one sum": [*LATE_NORM, *SWA, "--num_members=1", "--base_gradient_scale=5"],
+    "late norm constant": [*LATE_NORM, *SWA, *CONSTANT],
 }
 SUM_ROWS = [
     Row("base, gradients × 5 from T0 on, SWA", "one sum", AVERAGED),
@@ -274,7 +275,7 @@ LSTM_RUNS = {
     "one dropout": [*ONE, *SWA, *LSTM_DROPOUT],
     "late 0.3": [*LATE, *SWA, "--init_noise=0.3"],
     "late 0 dropout": [*LATE, *SWA, *LSTM_DROPOUT],
-    "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, "--init_noise=0.15"],
+    "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, NOISE],
 }
 LSTM_ROWS = [
     Row("base, linear decay", "base"),
@@ -295,7 +296,7 @@ ACCUMULATION = ["--method=accumulation", *MEAN]
 TOGETHER = ["--num_members=4", "--member_assignment=sample", "--dataloader_drop_last=true"]
 SCRATCH_RUNS = {
     "base": [*BASE, *SCRATCH_SWA],
-    "ema": [*BASE, "--ema_decay=0.98"],
+    "ema": [*BASE, *EMA],
     "cosine": [*BASE, *SCRATCH_SWA, *COSINE],
     "constant": [*BASE, *SCRATCH_SWA, *CONSTANT],
     "schedule-free": SCHEDULE_FREE,
@@ -303,7 +304,7 @@ SCRATCH_RUNS = {
     "accumulation": [*ACCUMULATION, *SCRATCH_SWA],
     "accumulation constant": [*ACCUMULATION, *SCRATCH_SWA, *CONSTANT],
     "late": [*LATE, *SCRATCH_SWA, *MEAN],
-    "late ema": [*LATE, "--ema_decay=0.98", *MEAN],
+    "late ema": [*LATE, *EMA, *MEAN],
     "late constant": [*LATE, *SCRATCH_SWA, *MEAN, *CONSTANT],
     "batch ensemble": [*BATCH_ENSEMBLE, *TOGETHER, "--init_noise=0.5", "--base_gradient_scale=0.25"],
 }
@@ -370,7 +371,7 @@ TABLES = {
     for table in (
         fine_tuning(
             *("gpt2", "django", "enwik6", 60, TRANSFORMER_RATES),
-            TRANSFORMER_RUNS | HALF_RUNS | MEAN_RUNS | NOISE_RUNS | {"batch ensemble": BATCH_ENSEMBLE},
+            TRANSFORMER_RUNS | HALF_RUNS | MEAN_RUNS | NOISE_RUNS | {"batch ensemble": [*BATCH_ENSEMBLE, NOISE]},
             [*TRANSFORMER_ROWS, *HALF_ROWS, *MEAN_ROWS, *NOISE_ROWS, BATCH_ENSEMBLE_ROW],
         ),
         fine_tuning(
