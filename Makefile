@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: venv demo test test-slow test-oldest quality style dist
+.PHONY: venv demo test test-slow test-gpu test-oldest quality style dist
 
 venv: $(STAMP)
 
@@ -26,6 +26,10 @@ test: venv
 
 test-slow: venv
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow
+
+# On a machine with a GPU.
+test-gpu: venv
+	$(VENV)/bin/python -m pytest tests/test_cuda.py
 
 # The oldest releases that setup.py admits, read from it; everything else as new as they allow. Chosen tests only:
 # make test-oldest TESTS="tests/test_config.py tests/test_trainer.py"

@@ -61,7 +61,7 @@ class AveragedView:
     def _measure(self) -> None:
         trainer = self._trainer
         self.forget()
-        with _generators_kept():
+        with _generators_kept(trainer.args.device):
             measure_statistics(
                 trainer.late_phase,
                 self._minibatches,
@@ -83,11 +83,12 @@ class AveragedView:
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
+def _generators_kept(device: torch.device) -> Iterator[None]:
     """Training draws the same numbers whether or not statistics were measured meanwhile."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        # This process's GPU only: left to itself PyTorch warns that it visits all of the machine's.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python_state)

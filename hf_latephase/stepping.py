@@ -16,10 +16,12 @@ from transformers.utils import logging
 from .cycle import Cycle
 from .optimizers import FrozenMembers, set_decay, unwrapped
 from .process_statistics import ProcessStatistics
-from .sharding import named_parameters, rows_like
+from .sharding import rows_like
 
 
 logger = logging.get_logger(__name__)
+# The modes of torch.compile that record and replay.
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 class Stepping:
@@ -42,8 +44,21 @@ class Stepping:
         self._frozen: FrozenMembers | None = None
         self._decays_before: list[tuple[dict[str, Any], float]] = []
         self._statistics = ProcessStatistics(trainer)
+        # Kept: a walk over all modules takes longer than all else that a step does for its cycle.
+        self._base: dict[str, nn.Parameter] = {}
+        self._stacks: dict[str, nn.Parameter] = {}
         self.held: dict[str, Tensor] = {}
         self.grad_norm: Tensor | None = None
+
+    def begin_training(self) -> None:
+        """Takes stock of the parameters, which the trainer has prepared by now, and holds no gradient."""
+        late_phase = self._trainer.late_phase
+        self._base, self._stacks = late_phase.base_parameters(), late_phase.stacks()
+        self.drop_held()
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self._base | self._stacks
 
     def new_cycle(self) -> Cycle:
         """Returns a cycle that fits the trainer's config and arguments, at its beginning."""
@@ -75,7 +90,7 @@ class Stepping:
         self._statistics.broadcast()
         # Seeded alike on every process, and apart from the generators that training uses.
         late_phase.release(torch.Generator().manual_seed(trainer.args.seed))
-        stacks = late_phase.stacks()
+        stacks = self._stacks
         optimizer = unwrapped(trainer.optimizer)
         decay = trainer.late_phase_config.member_weight_decay
         if decay is not None:
@@ -123,8 +138,16 @@ class Stepping:
         self._statistics.count(None if cycle.by_sample else member)
         with self._synchronised_once_a_cycle(model), self._weighed_loss():
             loss = training_step(model, inputs, self._own_items(inputs))
+        if cycle.rounds == 1 and trainer.args.torch_compile_mode in CUDA_GRAPHS:
+            self._copy_gradients()
         trainer._monitor.add(member, loss, cycle.loss_divisor)
         return loss * (cycle.loss_divisor / trainer.current_gradient_accumulation_steps)
+
+    def _copy_gradients(self) -> None:
+        """Takes gradients out of the memory that the next minibatch's CUDA graph writes into."""
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
 
     def _own_items(self, inputs: dict[str, Any]) -> Tensor | None:
         """Counts a minibatch's own targets for `compute_loss_func`; a model averages over them by itself."""
@@ -175,7 +198,7 @@ class Stepping:
             return accelerator.clip_grad_norm_(model.parameters(), max_norm)
         # Idle members stay out of the norm, so that it is to the bit that of a run with one member.
         accelerator.unscale_gradients()
-        stacks = {id(p) for p in late_phase.stacks().values()}
+        stacks = {id(p) for p in self._stacks.values()}
         with_grad = [p for p in model.parameters() if p.grad is not None]
         norm = get_total_norm([g[:1] if id(p) in stacks else g for p in with_grad if (g := p.grad) is not None])
         clip_grads_with_norm_(with_grad, max_norm, norm)
@@ -184,8 +207,8 @@ class Stepping:
     def _clip_cycle(self, max_norm: float) -> Tensor:
         late_phase = self._trainer.late_phase
         self._trainer.accelerator.unscale_gradients()
-        base = [p for p in late_phase.base_parameters().values() if p.grad is not None]
-        stacks = [p for p in late_phase.stacks().values() if p.grad is not None]
+        base = [p for p in self._base.values() if p.grad is not None]
+        stacks = [p for p in self._stacks.values() if p.grad is not None]
         factors = self._trainer.cycle.member_factors()
         if factors is not None:
             for gradient in _gradients(stacks):
@@ -205,10 +228,10 @@ class Stepping:
             return
         scale = trainer.late_phase_config.base_gradient_scale
         if scale != 1:
-            torch._foreach_mul_(_gradients(late_phase.base_parameters().values()), scale)
+            torch._foreach_mul_(_gradients(self._base.values()), scale)
         absent = trainer.cycle.absent() if self.in_cycles else []
         if absent:
-            self._frozen = FrozenMembers(unwrapped(trainer.optimizer), list(late_phase.stacks().values()), absent)
+            self._frozen = FrozenMembers(unwrapped(trainer.optimizer), list(self._stacks.values()), absent)
 
     def after_optimizer(self) -> None:
         """Ends the cycle, or holds its gradients until the next step."""
@@ -232,14 +255,14 @@ class Stepping:
 
     def _hold_gradients(self) -> None:
         """Takes the gradients out of reach of Trainer's `zero_grad`, without copying."""
-        for name, parameter in named_parameters(self._trainer.late_phase.model).items():
+        for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 self.held[name] = parameter.grad
                 parameter.grad = None
 
     def _restore_gradients(self) -> None:
         if self.held:
-            parameters = named_parameters(self._trainer.late_phase.model)
+            parameters = self._parameters
             for name, gradient in self.held.items():
                 parameters[name].grad = gradient
             self.held = {}

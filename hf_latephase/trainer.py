@@ -92,6 +92,8 @@ class LatePhaseMixin(PublishingMixin):
         check_adapter(model, self.late_phase_config, self.args)
         # Weight decay goes by the names and types of the plain model, which parametrizations hide.
         self._decaying = set(super().get_decay_parameter_names(model))
+        count = getattr(model, "num_parameters", None)
+        self._plain_size: int | None = None if count is None else count(exclude_embeddings=True)
         self.late_phase = LatePhase(model, self.late_phase_config)
         self.late_phase.activate(None)
         self.weight_average = self._new_average()
@@ -143,7 +145,7 @@ class LatePhaseMixin(PublishingMixin):
         """Resolves the points in training and refuses those that lie outside of it, before the first step."""
         self._points = resolve_points(self.late_phase_config, self.state.max_steps)
         self.cycle = self._stepping.new_cycle()
-        self._stepping.drop_held()
+        self._stepping.begin_training()
         self._average_schedule = AverageSchedule(self._points, self.state.global_step)
         self._monitor.reset()
         self._averaged_view.forget()
@@ -162,6 +164,13 @@ class LatePhaseMixin(PublishingMixin):
             return self._stepping.run(super().training_step, model, inputs)
         self.late_phase.activate(0)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Counts those of the plain model: a minibatch passes through one member, however many there are."""
+        main_input = getattr(self.model, "main_input_name", "input_ids")
+        if self._plain_size is None or main_input not in inputs:
+            return 0
+        return int(6 * inputs[main_input].numel() * self._plain_size)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._stepping.norm_and_clip(model, self.args.max_grad_norm)
@@ -196,7 +205,10 @@ class LatePhaseMixin(PublishingMixin):
                 Whether to use the average over time too, if the config asks for SWA or EMA and one was collected.
         """
         with self._averaged_view.applied(time_averaged):
-            return self.late_phase.averaged_model()
+            averaged = self.late_phase.averaged_model()
+        # Without what mixed precision has wrapped around its call.
+        stock: nn.Module = self.accelerator.unwrap_model(averaged, keep_fp32_wrapper=False)
+        return stock
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the parent's loop with the averaged weights, or what `evaluate_members` looks at."""

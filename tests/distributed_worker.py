@@ -20,7 +20,7 @@ from hf_latephase.sharding import gathered, named_parameters
 
 
 class Traffic(TrainerCallback):
-    """Counts what DDP all-reduces in each of Trainer's steps, and which members this rank runs."""
+    """Counts what DDP all-reduces on CPUs in each of Trainer's steps, and which members this rank runs."""
 
     def __init__(self) -> None:
         self.steps: list[list[int]] = []
@@ -29,7 +29,7 @@ class Traffic(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         wrapped = self.trainer.model_wrapped
-        if isinstance(wrapped, DistributedDataParallel):
+        if isinstance(wrapped, DistributedDataParallel) and not next(wrapped.parameters()).is_cuda:
             wrapped.register_comm_hook(None, self.reduce)
         activate = self.trainer.late_phase.activate
 

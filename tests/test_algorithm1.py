@@ -65,7 +65,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
         average = self.trainer.late_phase.averaged_state_dict()
-        self.averages.append({k: v.clone() for k, v in average.items()})
+        self.averages.append({k: v.clone().cpu() for k, v in average.items()})
 
 
 def assert_close(average: dict[str, Tensor], reference: dict[str, Tensor], step: int) -> None:

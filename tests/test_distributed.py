@@ -30,7 +30,8 @@ def launch(tmp_path: Path, name: str, launcher: list[str] | None, **task: Any) -
         return torch.load(task["result"], weights_only=True)
     (folder / "task.json").write_text(json.dumps(task))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), str(WORKER.parents[1])])
+    paths = [str(WORKER.parent), str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [*launcher, str(WORKER), str(folder / "task.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, _complaint(done.stderr)

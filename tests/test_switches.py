@@ -84,6 +84,11 @@ def test_bf16_autocast(tmp_path, name: str, assignment: str) -> None:
     probe.train()
     assert set(dtypes) == {torch.bfloat16}
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    # The averaged model is a stock model, which computes in the dtype of its weights.
+    stock, ids = half.averaged_model().eval(), Text(4).ids
+    reloaded = type(stock)(stock.config).eval()
+    reloaded.load_state_dict(stock.state_dict())
+    assert torch.equal(stock(ids).logits, reloaded(ids).logits)
     assert losses(half) == pytest.approx(losses(exact), rel=0.02)
     assert losses(half) != losses(exact)
     torch.manual_seed(1)

@@ -267,6 +267,15 @@ def test_evaluate_members_of_a_class_whose_loss_type_is_not_set(tmp_path) -> Non
     assert run.evaluate_members()["average"]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("weights", [["rank1"], ["norm"], ["full"]], ids="+".join)
+def test_floating_point_operations_are_those_of_the_plain_model(tmp_path, weights: list[str]) -> None:
+    late = LatePhaseConfig(num_members=3, weights=weights)
+    runs = [trainer(tmp_path, MODELS["llama"](), config) for config in (None, late)]
+    for run in runs:
+        run.train()
+    assert runs[0].state.total_flos == runs[1].state.total_flos > 0
+
+
 def test_logs_say_what_the_members_do(tmp_path) -> None:
     config = LatePhaseConfig(num_members=3, weights=["norm"], late_phase_start=3)
     run = trainer(tmp_path, gpt2(), config, max_steps=12, logging_steps=3, max_grad_norm=1.0)

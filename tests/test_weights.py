@@ -656,3 +656,20 @@ def test_the_sync_guard_notices() -> None:
         torch.ones(1).item()
     with pytest.raises(AssertionError, match="waits for the device"), RefuseSync():
         torch.ones(3)[torch.ones(3) > 0]
+
+
+@pytest.mark.parametrize("family", ["norm", "full"])
+def test_a_parametrization_on_top_is_not_passed_over(family: str) -> None:
+    """Late-phase weights are read past `parametrize`'s own calls, as long as they are alone."""
+
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4) if family == "norm" else torch.nn.Linear(4, 4))
+    late_phase = LatePhase(model, LatePhaseConfig(num_members=3, weights=[family], init_noise=0.5))
+    late_phase.release()
+    late_phase.activate(1)
+    alone = model[0].weight.clone()
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Doubled())
+    assert torch.equal(model[0].weight, 2 * alone)

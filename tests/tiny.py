@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
 
 
 VOCAB = 48
+# Set to "cuda" by test_cuda.py, also for the processes that it starts.
+DEVICE_VARIABLE = "HF_LATEPHASE_TEST_DEVICE"
 
 
 def gpt2(dropout: float = 0.0, **kwargs: Any) -> GPT2LMHeadModel:
@@ -105,7 +108,7 @@ def arguments(folder: str | Path, **kwargs: Any) -> TrainingArguments:
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",
         "report_to": [],
-        "use_cpu": True,
+        "use_cpu": os.environ.get(DEVICE_VARIABLE, "cpu") == "cpu",
         "disable_tqdm": True,
         "save_strategy": "no",
         "logging_steps": 1000,

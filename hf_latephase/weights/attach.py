@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,22 @@ from .targets import Target, family_module
 
 
 PARAMETRIZATIONS = "parametrizations."
+
+
+class Parametrizations(nn.ModuleDict):
+    """The late-phase weights of one layer, which know no modes and so take one quickly: trainers set it each step."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets `training` of all modules, without the checks that setting a module's attribute makes."""
+        self.__dict__["training"] = mode
+        for own in filter(None, self._modules.values()):
+            own.__dict__["training"] = mode
+            for parametrization in filter(None, own._modules.values()):
+                if parametrization._modules:  # someone's own, put on top
+                    parametrization.train(mode)
+                else:
+                    parametrization.__dict__["training"] = mode
+        return self
 
 
 @dataclass
@@ -62,6 +78,7 @@ def attach(model: nn.Module, targets: list[Target], members: Members, by_sample:
             parametrization = family.parametrization(members, tensor)
         # unsafe: our shapes are right by construction, and the check would evaluate every layer once.
         parametrize.register_parametrization(module, target.tensor, parametrization, unsafe=True)
+        _read_directly(module, target.tensor)
         own = [f"0.{name}" for name, _ in parametrization.named_parameters()]
         attachments.append(Attachment(target, order, own or ["original"]))
         if hasattr(family, "member_forward"):
@@ -147,6 +164,26 @@ def detach(model: nn.Module, attachments: list[Attachment], values: dict[str, Te
                     held[name] = held.pop(name)
         if isinstance(module, RECURRENT_LAYERS):
             restore_cached_weights(module)
+
+
+def _read_directly(module: nn.Module, tensor_name: str) -> None:
+    """
+    Has the class that `parametrize` made for this one module read a late-phase weight without three modules' calls.
+
+    Those take longer than a norm layer's kernel, of which there are many to a minibatch.
+    """
+    parametrizations: Any = module.parametrizations
+    parametrizations.__class__ = Parametrizations
+    parametrized: Any = getattr(type(module), tensor_name)
+
+    def read(self: nn.Module) -> Any:
+        own: Any = self._modules["parametrizations"]._modules[tensor_name]  # type: ignore[union-attr]
+        if len(own._modules) > 1:  # someone has put another parametrization on top
+            return parametrized.fget(self)
+        original = own._parameters.get("original")
+        return own._modules["0"].forward(own._buffers["original"] if original is None else original)
+
+    setattr(type(module), tensor_name, property(read, parametrized.fset))
 
 
 def _parametrized(model: nn.Module, target: Target) -> Any:

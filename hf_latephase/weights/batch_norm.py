@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .members import Members, call_each, call_with, members_of, plain_forward
+from .members import Fixed, Members, call_each, call_with, members_of, plain_forward
 from .replicated import Replicated
 
 
@@ -24,7 +24,7 @@ class BatchNormTensor(Replicated):
     Parametrization of one tensor of a BatchNorm layer, stacked `[K, ...]`.
 
     Attributes:
-        current (`torch.Tensor`, *optional*):
+        fixed (`Fixed`):
             What the tensor is while the layer's own call runs. PyTorch updates running statistics in place, which
             would be lost on a value computed anew for each reader.
         measured (`torch.Tensor`, *optional*):
@@ -34,12 +34,12 @@ class BatchNormTensor(Replicated):
 
     def __init__(self, members: Members) -> None:
         super().__init__(members)
-        self.current: Tensor | None = None
+        self.fixed = Fixed()
         self.measured: Tensor | None = None
 
     def forward(self, stack: Tensor) -> Tensor:
         """Returns the tensor of the active member, or of the running call."""
-        return self.members.select(stack) if self.current is None else self.current
+        return self.members.select(stack) if self.fixed.value is None else self.fixed.value
 
 
 def eligible(module: nn.Module) -> list[str]:
@@ -70,7 +70,8 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _sample_forward(layer, *args, **kwargs)
     if members.mode == "average":
         return call_with(layer, plain_forward(layer), _averaged(layer), args, kwargs)
-    stacks = {name: _member_statistics(tensor) for name, tensor in _tensors(layer).items() if name in STATISTICS}
+    tensors = _tensors(layer)
+    stacks = {name: _member_statistics(tensors[name]) for name in STATISTICS if name in tensors}
     values = {name: members.select(stack) for name, stack in stacks.items()}
     forward = plain_forward(layer)
     if isinstance(layer, nn.SyncBatchNorm) and members.released and members.num_members > 1:
@@ -138,13 +139,14 @@ def measure(layer: nn.Module, rows: int | None) -> None:
 
 def _tensors(layer: nn.Module) -> Any:
     """The layer's parametrizations by plain name: the stack is `original`, the parametrization item 0."""
-    return layer.parametrizations
+    return layer._modules["parametrizations"]._modules  # type: ignore[union-attr]
 
 
 def _member_statistics(tensor: Any) -> Tensor:
     """The stack that members read and update."""
-    own = tensor[0].measured
-    return tensor.original if own is None or own.shape != tensor.original.shape else own
+    stack: Tensor = tensor._buffers["original"]
+    own: Tensor | None = tensor._modules["0"].measured
+    return stack if own is None or own.shape != stack.shape else own
 
 
 def _averaged(layer: nn.Module) -> dict[str, Tensor]:

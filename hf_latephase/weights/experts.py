@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .members import Members, call_each, call_with, members_of, plain_forward
+from .members import Fixed, Members, call_each, call_with, members_of, plain_forward
 from .rank1 import Rank1
 
 
@@ -23,7 +23,7 @@ class ExpertsRank1(Rank1):
             The base weights.
 
     Attributes:
-        current (`torch.Tensor`, *optional*):
+        fixed (`Fixed`):
             The product while the layer's own call runs, which reads the weights once an expert.
     """
 
@@ -32,11 +32,11 @@ class ExpertsRank1(Rank1):
         experts, rows, columns = weight.shape
         self.left = nn.Parameter(weight.new_ones(members.num_members, experts, rows))
         self.right = nn.Parameter(weight.new_ones(members.num_members, experts, columns))
-        self.current: Tensor | None = None
+        self.fixed = Fixed()
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the product with the active member's factors, or that of the running call."""
-        return super().forward(weight) if self.current is None else self.current
+        return super().forward(weight) if self.fixed.value is None else self.fixed.value
 
 
 def eligible(module: nn.Module) -> list[str]:

@@ -63,7 +63,7 @@ class Members:
         if self.num_members == 1:
             return stack.squeeze(0)
         if self.yields_views:
-            return stack[self.member]
+            return stack.select(0, self.member)  # type: ignore[arg-type]
         return stack.index_select(0, self.index.to(stack.device)).squeeze(0)
 
     @property
@@ -140,8 +140,14 @@ class Members:
 
 def members_of(module: nn.Module) -> Members:
     """Returns the state that the late-phase weights of a module share (its own copy's, after a deep copy)."""
-    parametrizations: Any = module.parametrizations
-    return next(iter(parametrizations.values()))[0].members
+    members: Members = next(iter(own_parametrizations(module).values())).members
+    return members
+
+
+def own_parametrizations(module: nn.Module) -> dict[str, Any]:
+    """Returns the late-phase weights of a module itself by tensor; past the lookups of its containers, for speed."""
+    lists: Any = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
+    return {name: own._modules["0"] for name, own in lists.items()}
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
@@ -150,20 +156,30 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
     return plain_class.forward
 
 
+class Fixed:
+    """
+    A place for what a weight is while its layer's own call runs, however often the call reads it.
+
+    No attribute of the parametrization itself: those of modules take long to set, and layers are called often.
+    """
+
+    value: Tensor | None = None
+
+
 def call_with(layer: nn.Module, forward: Callable[..., Any], values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
     """
     Calls a layer while some of its parametrized tensors are fixed values, however often the call reads them.
 
-    Their parametrizations must yield an attribute `current` that is not `None`.
+    Their parametrizations must yield the value of their attribute `fixed` if that is not `None`.
     """
-    parametrizations: Any = layer.parametrizations
+    own = own_parametrizations(layer)
     try:
         for name, value in values.items():
-            parametrizations[name][0].current = value
+            own[name].fixed.value = value
         return forward(layer, *args, **kwargs)
     finally:
         for name in values:
-            parametrizations[name][0].current = None
+            own[name].fixed.value = None
 
 
 def call_each(

@@ -79,11 +79,13 @@ def fused_forward(module: nn.Module, rows: Tensor) -> Tensor:
 
     Unlike the layer's own call with the parametrized weight, it keeps no product from forward to backward pass.
     """
-    layer: Any = module
-    parametrizations = layer.parametrizations["weight"]
-    weight, factors = parametrizations.original, parametrizations[0]
-    left, right = factors.members.select(factors.left), factors.members.select(factors.right)
-    return rank1_linear(rows, weight, left, right, layer.bias, transposed=isinstance(module, Conv1D))
+    # Past the modules' attribute lookups, of which there are many to a minibatch.
+    parametrized: Any = module._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    factors: Any = parametrized._modules["0"]
+    select = factors.members.select
+    left, right = select(factors._parameters["left"]), select(factors._parameters["right"])
+    weight, bias = parametrized._parameters["original"], module.bias
+    return rank1_linear(rows, weight, left, right, bias, transposed=isinstance(module, Conv1D))  # type: ignore[arg-type]
 
 
 def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:

@@ -31,10 +31,19 @@ def rank1_linear(
         transposed (`bool`, defaults to `False`):
             Whether the weight is stored `[m, n]`, as in `Conv1D`; then it is `rows product + bias`.
     """
-    # Views are taken outside: a view that a Function returns could not be changed in place, as some models do.
-    flat = rows.reshape(-1, rows.shape[-1])
+    # Views are taken outside: a view that a Function returns could not be changed in place, as some models do. So is
+    # the cast that autocast would make inside, where the rows would be kept in both dtypes.
+    flat = rows.reshape(-1, rows.shape[-1]).to(_compute_dtype(rows))
     outputs = _Rank1Linear.apply(flat, weight, left, right, bias, transposed)
     return outputs if rows.ndim == 2 else outputs.view(*rows.shape[:-1], outputs.shape[-1])
+
+
+def _compute_dtype(rows: Tensor) -> torch.dtype:
+    """That of a linear layer's arithmetic on these rows; autocast leaves float64 alone."""
+    device = rows.device.type
+    if rows.dtype == torch.float64 or rows.is_meta or not torch.is_autocast_enabled(device):
+        return rows.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class _Rank1Product(torch.autograd.Function):
@@ -65,7 +74,7 @@ class _Rank1Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight, left, right)
         ctx.transposed, ctx.bias_dtype = transposed, None if bias is None else bias.dtype
-        product = _product(weight, left, right)
+        product = _product(weight, left, right, rows.dtype)
         if transposed and bias is not None:
             return torch.addmm(bias, rows, product)  # as Conv1D, to the bit
         return F.linear(rows, product.T if transposed else product, bias)
@@ -75,26 +84,30 @@ class _Rank1Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, left, right = ctx.saved_tensors
         for_rows, for_weight, for_left, for_right, for_bias, _ = ctx.needs_input_grad
-        # Under autocast the forward pass had its inputs in the dtype of the output.
         (grad,) = grads
         grad_rows = grad_weight = grad_left = grad_right = grad_bias = None
         if for_rows:
-            product = _product(weight, left, right).to(grad.dtype)
-            grad_rows = (grad @ (product.T if ctx.transposed else product)).to(rows.dtype)
+            product = _product(weight, left, right, grad.dtype)
+            grad_rows = grad @ (product.T if ctx.transposed else product)
         if for_bias:
             grad_bias = grad.sum(0).to(ctx.bias_dtype)
         if for_weight or for_left or for_right:
-            rows = rows.to(grad.dtype)
-            outer = (rows.T @ grad if ctx.transposed else grad.T @ rows).to(weight.dtype)
+            outer = rows.T @ grad if ctx.transposed else grad.T @ rows
             if for_left or for_right:
                 grad_left, grad_right = _factor_gradients(outer * weight, left, right)
-            # In place: nobody else has seen it.
-            grad_weight = outer.mul_(right).mul_(left.unsqueeze(-1)) if for_weight else None
+            if for_weight:
+                # In place where it can be: nobody else has seen it.
+                scaled = outer.mul_(right) if outer.dtype == weight.dtype else outer * right
+                grad_weight = scaled.mul_(left.unsqueeze(-1))
         return grad_rows, grad_weight, grad_left, grad_right, grad_bias, None
 
 
-def _product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return (weight * _columns(right, weight)).mul_(_rows(left, weight))
+def _product(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The product in full precision; the cast to `dtype` is part of the last multiplication, not a pass of its own."""
+    scaled, rows = weight * _columns(right, weight), _rows(left, weight)
+    if dtype is None or dtype == scaled.dtype:
+        return scaled.mul_(rows)
+    return torch.mul(scaled, rows, out=torch.empty_like(scaled, dtype=dtype))
 
 
 def _factor_gradients(product: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,4 +126,6 @@ def _rows(left: Tensor, like: Tensor) -> Tensor:
 
 def _columns(right: Tensor, like: Tensor) -> Tensor:
     """Views right factors `[..., m]` so that they broadcast over a weight `[..., n, m, ...]`."""
+    if right.ndim == 1 and like.ndim == 2:
+        return right  # as it is, without views: linear layers are many
     return right.unsqueeze(-2).view(*right.shape[:-1], 1, right.shape[-1], *[1] * (like.ndim - right.ndim - 1))
