@@ -3,7 +3,7 @@ What late-phase training costs beside plain training: time, kernels, memory, che
 
     python examples/benchmarks/speed.py                       # everything, under ten minutes on two idle cores
     python examples/benchmarks/speed.py --rows gpt2 lstm --write false
-    python examples/benchmarks/speed.py --device cuda
+    python examples/benchmarks/speed.py --device cuda         # other models, on a GPU of 80 GB
 
 Both sides are real trainers with the same model, data, batch and number of minibatches. They run in one process and
 take turns after every minibatch, so that whatever else the machine does falls on both. The figure is plain time over
@@ -12,7 +12,11 @@ that of the pairs that end one, which step; its quartiles are those of 1000 resa
 minibatches of a run are left out, and the C library is told to keep freed memory. The first row compares plain
 training with itself: what it is off by, the others may be.
 
-Writes `speed.json` and `speed.md` beside this file and the table into the README.
+On a GPU a turn is a whole cycle: to wait for the GPU after every minibatch would show each minibatch's first kernels
+being launched, which otherwise run ahead.
+
+Writes `speed.json` and `speed.md` (`speed_cuda.*` of a GPU, where both sides train in bf16) beside this file and the
+table into the README.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,24 +45,38 @@ from workloads import Setting
 
 
 # With the throughput to reach, where the project has set one.
-ROWS: list[tuple[Setting, float | None]] = [
-    (Setting("gpt2 4x256", ("norm",)), 1.0),
-    (Setting("gpt2 4x256", ("norm",), one_step=False), 1.0),
-    (Setting("gpt2 4x256", ("rank1",)), 0.98),
-    (Setting("gpt2 4x256", ("rank1",), one_step=False), 1.0),
-    (Setting("gpt2 4x256", ("rank1", "norm")), None),
-    (Setting("gpt2 8x512", ("rank1",)), 0.98),
-    (Setting("llama 4x256", ("rank1",)), 0.98),
-    (Setting("llama 4x256", ("norm",)), 1.0),
-    (Setting("lstm 500", ("rank1",)), 0.98),
-    (Setting("lstm 500", ("rank1",), one_step=False), 0.98),
-    (Setting("wrn 16-2", ("head", "norm")), 1.0),
-    (Setting("wrn 16-2", ("head", "norm"), one_step=False), 1.0),
-    (Setting("gpt2 2x128", ("rank1",), 2), None),
-    (Setting("gpt2 2x128", ("rank1",), 10), None),
-    (Setting("gpt2 2x128", ("rank1",), 64), None),
-    (Setting("gpt2 2x128", ("rank1", "norm"), 8, by_sample=True), None),
-]
+ROWS: dict[str, list[tuple[Setting, float | None]]] = {
+    "cpu": [
+        (Setting("gpt2 4x256", ("norm",)), 1.0),
+        (Setting("gpt2 4x256", ("norm",), one_step=False), 1.0),
+        (Setting("gpt2 4x256", ("rank1",)), 0.98),
+        (Setting("gpt2 4x256", ("rank1",), one_step=False), 1.0),
+        (Setting("gpt2 4x256", ("rank1", "norm")), None),
+        (Setting("gpt2 8x512", ("rank1",)), 0.98),
+        (Setting("llama 4x256", ("rank1",)), 0.98),
+        (Setting("llama 4x256", ("norm",)), 1.0),
+        (Setting("lstm 500", ("rank1",)), 0.98),
+        (Setting("lstm 500", ("rank1",), one_step=False), 0.98),
+        (Setting("wrn 16-2", ("head", "norm")), 1.0),
+        (Setting("wrn 16-2", ("head", "norm"), one_step=False), 1.0),
+        (Setting("gpt2 2x128", ("rank1",), 2), None),
+        (Setting("gpt2 2x128", ("rank1",), 10), None),
+        (Setting("gpt2 2x128", ("rank1",), 64), None),
+        (Setting("gpt2 2x128", ("rank1", "norm"), 8, by_sample=True), None),
+    ],
+    "cuda": [
+        (Setting("gpt2 124 M", ("norm",)), 1.0),
+        (Setting("gpt2 124 M", ("norm",), one_step=False), 1.0),
+        (Setting("gpt2 124 M", ("rank1",)), 0.98),
+        (Setting("gpt2 124 M", ("rank1",), one_step=False), 1.0),
+        (Setting("llama 0.9 B", ("norm",)), 1.0),
+        (Setting("llama 0.9 B", ("rank1",)), 0.98),
+        (Setting("lstm 500, 128 rows", ("rank1",)), 0.98),
+        (Setting("wrn 28-10", ("head", "norm")), 1.0),
+        (Setting("wrn 28-10", ("head", "norm"), one_step=False), 1.0),
+        (Setting("gpt2 4x256", ("norm",)), None),
+    ],
+}
 MANY_MEMBERS = (Setting("gpt2 2x128", ("rank1",), 64), Setting("gpt2 2x128", ("rank1",), 2))
 COUNTED = [
     Setting("gpt2 2x128", ("norm",)),
@@ -69,13 +88,15 @@ COUNTED = [
     Setting("gpt2 2x128", ("rank1",), one_step=False),
     Setting("wrn 16-2", ("head", "norm"), 2),
 ]
-REMEMBERED = [
-    Setting("gpt2 4x256", ("norm",)),
-    Setting("gpt2 4x256", ("rank1",)),
-    Setting("gpt2 4x256", ("rank1",), one_step=False),
-]
+REMEMBERED = {
+    device: [
+        Setting(workload, ("norm",)), Setting(workload, ("rank1",)), Setting(workload, ("rank1",), one_step=False)
+    ]
+    for device, workload in (("cpu", "gpt2 4x256"), ("cuda", "gpt2 124 M"))
+}  # fmt: skip
 WITH_ITSELF = "plain training with itself"
-CYCLES, LEAST_PAIRS, WARM_UP = 2, 20, 3
+CYCLES, WARM_UP = 2, 3
+LEAST_PAIRS = {"cpu": 20, "cuda": 6}
 # The C library gives freed memory back to the system, to fault it in again a moment later. PyTorch's allocator for
 # GPUs keeps it; so do both sides here.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
@@ -85,16 +106,17 @@ ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str
 
 
 class Turns(TrainerCallback):
-    """Lets a trainer run one minibatch at a time, when told to, and times each."""
+    """Lets a trainer run some minibatches at a time, when told to, and times them."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, device: str, length: int) -> None:
+        self._device, self._length = device, length
+        self._minibatches = 0
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._start = self._seconds = 0.0
         self._stopping = False
 
     def turn(self) -> float:
-        """Runs one minibatch and returns its seconds."""
+        """Runs the minibatches of one turn and returns their seconds."""
         self._go.release()
         self._done.acquire()
         return self._seconds
@@ -110,11 +132,16 @@ class Turns(TrainerCallback):
         return time.perf_counter()
 
     def _begin(self) -> None:
+        if self._minibatches % self._length:
+            return
         if not self._stopping:
             self._go.acquire()
         self._start = self._now()
 
     def _end(self) -> None:
+        self._minibatches += 1
+        if self._minibatches % self._length:
+            return
         self._seconds = self._now() - self._start
         self._done.release()
 
@@ -147,8 +174,14 @@ class Side:
 
 def compare(first: Side, second: Side, device: str) -> dict[str, Any]:
     """The seconds of the first side over those of the second, per minibatch."""
-    sides, turns = (first, second), (Turns(device), Turns(device))
-    pairs = max(LEAST_PAIRS + WARM_UP, *(CYCLES * side.setting.minibatches for side in sides))
+    sides = (first, second)
+    # What a pair is depends on who steps; how often each kind occurs, on the cycles.
+    period = math.lcm(first.setting.minibatches, second.setting.minibatches)
+    length = 1 if device == "cpu" else period
+    turns = (Turns(device, length), Turns(device, length))
+    pairs = LEAST_PAIRS[device] + WARM_UP
+    if length == 1:
+        pairs = max(pairs, *(CYCLES * side.setting.minibatches for side in sides))
     with tempfile.TemporaryDirectory() as folder:
         trainers = [s.setting.trainer(s.late, folder, device, [t]) for s, t in zip(sides, turns, strict=True)]
         threads = [threading.Thread(target=trainer.train, daemon=True) for trainer in trainers]
@@ -168,11 +201,11 @@ def compare(first: Side, second: Side, device: str) -> dict[str, Any]:
     gc.collect()
 
     def kind(position: int) -> tuple[bool, bool]:
-        return first.is_last(position), second.is_last(position)
+        last = (position + 1) * length - 1
+        return first.is_last(last), second.is_last(last)
 
-    # What a pair is depends on who steps; how often each kind occurs, on the cycles.
-    period = math.lcm(first.setting.minibatches, second.setting.minibatches)
-    shares = {alike: count / period for alike, count in Counter(map(kind, range(period))).items()}
+    kinds = range(period // length)
+    shares = {alike: count / len(kinds) for alike, count in Counter(map(kind, kinds)).items()}
 
     def ratio(positions: list[int]) -> tuple[float, float]:
         """First over second, and the first's seconds a minibatch."""
@@ -191,7 +224,8 @@ def compare(first: Side, second: Side, device: str) -> dict[str, Any]:
     drawn = [ratio(generator.choices(measured, k=len(measured)))[0] for _ in range(1000)]
     lower, _, upper = statistics.quantiles([value for value in drawn if not math.isnan(value)], n=4)
     value, seconds = ratio(measured)
-    return {"ratio": value, "quartiles": [lower, upper], "pairs": len(measured), "milliseconds": 1000 * seconds}
+    milliseconds = 1000 * seconds / length
+    return {"ratio": value, "quartiles": [lower, upper], "pairs": len(measured), "milliseconds": milliseconds}
 
 
 # ---- the report ----
@@ -219,10 +253,10 @@ def measure_rows(arguments: SpeedArguments) -> list[dict[str, Any]]:
     """Plain over late-phase, row by row."""
     records = []
     if arguments.rows is None:
-        plain = Side(ROWS[0][0], late=False)
+        plain = Side(ROWS[arguments.device][0][0], late=False)
         null = compare(plain, plain, arguments.device)
         records.append({"row": f"{WITH_ITSELF}, {plain.setting.workload}", "goal": None} | null)
-    for setting, goal in tqdm(ROWS, desc="Rows"):
+    for setting, goal in tqdm(ROWS[arguments.device], desc="Rows"):
         if arguments.rows is None or any(part in setting.name for part in arguments.rows):
             figures = compare(Side(setting, late=False), Side(setting, late=True), arguments.device)
             records.append({"row": setting.name, "goal": goal} | figures)
@@ -235,17 +269,19 @@ def measure_costs(arguments: SpeedArguments) -> dict[str, Any]:
     device = arguments.device
     fewest, most = (Side(setting, late=True) for setting in reversed(MANY_MEMBERS))
     memory = {}
-    for setting in tqdm(REMEMBERED, desc="Peak memory"):
+    for setting in tqdm(REMEMBERED[device], desc="Peak memory"):
         late, plain = (peak_memory(setting, side, device) for side in (True, False))
         memory[setting.name] = {"plain": plain, "late": late}
-    return {
+    figures = {
         "many_members": compare(most, fewest, device),
         "memory_bytes": memory,
-        "kernels": [count_kernels(setting) for setting in tqdm(COUNTED, desc="Kernels")],
         "attaching_seconds": attaching(device),
-        "sample_speedup": sample_speedup(LEAST_PAIRS, device),
-        "checkpoint_bytes": checkpoint_sizes(),
+        "sample_speedup": sample_speedup(LEAST_PAIRS["cpu"], device),
     }
+    if device == "cpu":  # elsewhere they would be the same
+        figures["kernels"] = [count_kernels(setting) for setting in tqdm(COUNTED, desc="Kernels")]
+        figures["checkpoint_bytes"] = checkpoint_sizes()
+    return figures
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -253,12 +289,14 @@ def table(figures: dict[str, Any]) -> str:
     lines = []
     for record in figures["rows"]:
         goal = "–" if record["goal"] is None else f"≥ {record['goal']:.2f}"
-        lines.append([record["row"], _ratio(record), goal, f"{record['milliseconds']:.0f}"])
+        # A run that was cut off had printed all but the times.
+        milliseconds = f"{record['milliseconds']:.0f}" if "milliseconds" in record else "–"
+        lines.append([record["row"], _ratio(record), goal, milliseconds])
     header = ["plain time over late-phase time", "ratio (quartiles)", "goal", "plain, ms a minibatch"]
     text = markdown(header, 1, lines)
-    if "kernels" not in figures:
+    if "many_members" not in figures:
         return text
-    sizes, speedup = figures["checkpoint_bytes"], figures["sample_speedup"]
+    speedup = figures["sample_speedup"]
     others = [["time a minibatch, K=64 over K=2 (gpt2 2x128, rank1)", _ratio(figures["many_members"]), "≤ 1.03"]]
     for name, memory in figures["memory_bytes"].items():
         goal = "≤ 1.02, and the gradients" if name.endswith("several steps") else "≤ 1.02"
@@ -270,11 +308,14 @@ def table(figures: dict[str, Any]) -> str:
         lower, value, upper = speedup[name]
         what = f"8 passes over one {what}, 8 × 4 rows × 64 tokens"
         others.append([what, f"{value:.2f} ({lower:.2f} to {upper:.2f})", goal])
-    for name in ("late-phase", "late-phase, inside a cycle"):
-        others.append([f"checkpoint of {name}, rank1, K=10", f"{sizes[name] / sizes['plain']:.2f}", "≤ 1.6"])
+    if sizes := figures.get("checkpoint_bytes"):
+        for name in ("late-phase", "late-phase, inside a cycle"):
+            others.append([f"checkpoint of {name}, rank1, K=10", f"{sizes[name] / sizes['plain']:.2f}", "≤ 1.6"])
     for name, seconds in figures["attaching_seconds"].items():
         others.append([f"{name}, gpt2 with 124 M parameters, K=10", f"{seconds:.2f} s", "< 1 s"])
     text += "\n" + markdown(["late-phase over plain", "", "goal"], 1, others)
+    if "kernels" not in figures:
+        return text
     counts = []
     for record in figures["kernels"]:
         plain, late = record["plain_kernels"], record["late_kernels"]
@@ -298,13 +339,14 @@ def main() -> None:
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     figures = {
         "command": " ".join(["python", *sys.argv]),
-        "environment": environment() | {"threads per run": arguments.threads, "device": arguments.device} | versions,
+        "environment": environment(arguments.device) | {"threads per run": arguments.threads} | versions,
         "rows": measure_rows(arguments),
     }
     if arguments.rows is None:
         figures |= measure_costs(arguments)
     if arguments.write:
-        write_figures(__file__, figures, table(figures))
+        own = Path(__file__)
+        write_figures(str(own if arguments.device == "cpu" else own.with_stem("speed_cuda")), figures, table(figures))
     else:
         print(table(figures))
 

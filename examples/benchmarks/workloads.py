@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,21 +25,23 @@ from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig, WideResNetConfig,
 
 
 VOCAB = 259
+# GPU rows have the vocabularies that models of their size have.
+GPT2_VOCAB, LLAMA_VOCAB = 50257, 32000
 
 
-def gpt2(layers: int, width: int, tokens: int) -> nn.Module:
-    """A GPT-2 over bytes, without dropout."""
+def gpt2(layers: int, width: int, tokens: int, vocab: int = VOCAB) -> nn.Module:
+    """A GPT-2, over bytes unless told otherwise, without dropout."""
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=tokens, n_embd=width, n_layer=layers, n_head=width // 64,
+        vocab_size=vocab, n_positions=tokens, n_embd=width, n_layer=layers, n_head=width // 64,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
-def llama(layers: int, width: int, tokens: int) -> nn.Module:
-    """A llama over bytes."""
+def llama(layers: int, width: int, tokens: int, vocab: int = VOCAB) -> nn.Module:
+    """A llama, over bytes unless told otherwise."""
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
+        vocab_size=vocab, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
         num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=tokens,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -49,9 +52,9 @@ def lstm() -> nn.Module:
     return LSTMForCausalLM(LSTMLMConfig())
 
 
-def wide_resnet() -> nn.Module:
-    """WRN 16-2, in the layout that convolutions are fastest with."""
-    config = WideResNetConfig(depth=16, widen_factor=2, num_labels=10)
+def wide_resnet(depth: int, widen_factor: int) -> nn.Module:
+    """A WRN, in the layout that convolutions are fastest with."""
+    config = WideResNetConfig(depth=depth, widen_factor=widen_factor, num_labels=10)
     return WideResNetForImageClassification(config).to(memory_format=torch.channels_last)
 
 
@@ -64,9 +67,11 @@ class Workload:
     tokens: int
 
     @classmethod
-    def transformer(cls, kind: Callable[..., nn.Module], layers: int, width: int, rows: int, tokens: int) -> Workload:
+    def transformer(
+        cls, kind: Callable[..., nn.Module], layers: int, width: int, rows: int, tokens: int, vocab: int = VOCAB
+    ) -> Workload:
         """A transformer with as many positions as a row has tokens."""
-        return cls(lambda: kind(layers, width, tokens), rows, tokens)
+        return cls(lambda: kind(layers, width, tokens, vocab), rows, tokens)
 
 
 WORKLOADS = {
@@ -75,7 +80,12 @@ WORKLOADS = {
     "llama 4x256": Workload.transformer(llama, 4, 256, 8, 128),
     "llama 8x512": Workload.transformer(llama, 8, 512, 4, 256),
     "lstm 500": Workload(lstm, 32, 100),
-    "wrn 16-2": Workload(wide_resnet, 128, 0),
+    "wrn 16-2": Workload(functools.partial(wide_resnet, 16, 2), 128, 0),
+    # What a GPU is for: GPT-2's smallest, a llama of 0.9 billion, the paper's LSTM and WRN in larger minibatches.
+    "gpt2 124 M": Workload.transformer(gpt2, 12, 768, 8, 1024, GPT2_VOCAB),
+    "llama 0.9 B": Workload.transformer(llama, 16, 2048, 2, 2048, LLAMA_VOCAB),
+    "lstm 500, 128 rows": Workload(lstm, 128, 200),
+    "wrn 28-10": Workload(functools.partial(wide_resnet, 28, 10), 128, 0),
     # Small ones, to see how the cost grows.
     "gpt2 2x128": Workload.transformer(gpt2, 2, 128, 4, 64),
     "gpt2 2x128, twice the tokens": Workload.transformer(gpt2, 2, 128, 4, 128),
@@ -147,7 +157,7 @@ class Setting:
         return 1 if self.one_step or self.by_sample else self.num_members
 
     def trainer(self, late: bool, folder: str, device: str, callbacks: list[TrainerCallback]) -> Trainer:
-        """Makes plain Trainer, or the same with late-phase weights from the first step."""
+        """Makes plain Trainer, or the same with late-phase weights from the first step; in bf16 on a GPU."""
         workload = WORKLOADS[self.workload]
         rows = workload.rows * (self.num_members if self.by_sample else 1)
         torch.manual_seed(0)
@@ -155,7 +165,7 @@ class Setting:
             folder, per_device_train_batch_size=rows, gradient_accumulation_steps=self.minibatches // self.steps,
             max_steps=1_000_000, learning_rate=1e-5, lr_scheduler_type="constant", report_to=[],
             use_cpu=device == "cpu", disable_tqdm=True, save_strategy="no", logging_strategy="no",
-            train_sampling_strategy="sequential", dataloader_pin_memory=device == "cuda",
+            train_sampling_strategy="sequential", dataloader_pin_memory=device == "cuda", bf16=device == "cuda",
         )  # fmt: skip
         config = LatePhaseConfig(
             num_members=self.num_members, weights=list(self.weights), late_phase_start=0,
