@@ -22,8 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 import yaml
-from evidence_tables import TABLES, Row, Table, text_file
+from comparison import Row, Table, text_file
+from evidence_tables import TABLES
 from runs import EXAMPLES, README, Run, environment, markdown, put_into_readme, run_all, spread
 from scipy.stats import t as student
 from transformers import HfArgumentParser
@@ -48,6 +51,9 @@ class EvidenceArguments:
         unknown = [name for name in self.tables if name not in TABLES]
         if unknown:
             raise ValueError(f"tables: {unknown} are none of {list(TABLES)}.")
+        on_gpu = [name for name in self.tables if TABLES[name].device == "cuda"]
+        if on_gpu and not torch.cuda.is_available():
+            raise ValueError(f"tables: {on_gpu} run on a GPU, but torch sees none. Leave them out.")
 
 
 def make_run(table: Table, row: Row, rate: float, seed: int, folder: Path) -> Run:
@@ -55,9 +61,8 @@ def make_run(table: Table, row: Row, rate: float, seed: int, folder: Path) -> Ru
     name = f"{row.run}-{rate:g}-{seed}".replace(" ", "_")
     flags = [*table.flags(folder), *table.runs[row.run], f"--learning_rate={rate}", f"--seed={seed}"]
     recipe = [str(EXAMPLES / "recipes" / table.recipe)]
-    return Run(
-        folder / table.name / name, table.script, [*recipe, *flags], {"run": row.run, "rate": rate, "seed": seed}
-    )
+    labels = {"run": row.run, "rate": rate, "seed": seed}
+    return Run(folder / table.name / name, table.script, [*recipe, *flags], labels, table.device)
 
 
 def read(run: Run, row: Row) -> dict[str, float]:
@@ -245,7 +250,7 @@ def main() -> None:
         rows = fill(table, folder, arguments.workers)
         record = {
             "command": f"python examples/benchmarks/evidence.py --tables {name}",
-            "environment": environment() | versions(),
+            "environment": environment(table.device) | versions(),
             "rows": rows,
             "deep ensemble": deep_ensemble(table, rows, folder) if table.deep_ensemble else None,
         }
@@ -258,9 +263,6 @@ def main() -> None:
 
 def versions() -> dict[str, str]:
     """Those that figures depend on."""
-    import torch
-    import transformers
-
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 

@@ -3,104 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from runs import EXAMPLES, Run, run_all
-from texts import write_text
-
-
-# What is read out of a run.
-FINAL, AVERAGED, ENSEMBLE = "scores", "averaged_scores", "ensemble_scores"
-SHARED = EXAMPLES.parents[1] / "shared" / "data"
-
-
-@dataclass(frozen=True)
-class Row:
-    """
-    A line of a table.
-
-    Attributes:
-        name (`str`): What it is called.
-        run (`str`): The run that it is read out of, a key of the table's `runs`.
-        figures (`str`): Those of the final weights, of the average over time (SWA, EMA) or of the members' ensemble.
-        is_late_phase (`bool`): Whether weights are replicated, and their mean is the model.
-    """
-
-    name: str
-    run: str
-    figures: str = FINAL
-    is_late_phase: bool = False
-
-    @property
-    def is_one_model(self) -> bool:
-        """Whether it costs what one model costs, and so may be held against late-phase weights."""
-        return self.figures != ENSEMBLE
-
-
-@dataclass(frozen=True)
-class Table:
-    """
-    A comparison.
-
-    Attributes:
-        name, title, description (`str`): What it is, for the file, the heading and the reader.
-        script, recipe (`str`): The script in `examples/` and its recipe.
-        text (`str`): `"enwik6"` or `"django"`: what is trained on.
-        pretrained (`str`, *optional*): A key of `PRETRAINING`: the model that is fine-tuned.
-        runs (`dict[str, list[str]]`): The flags of each run.
-        rows (`list[Row]`): The lines.
-        rates (`list[float]`): Learning rates to begin with; several of them are extended where the best is at an end.
-        common (`list[str]`): Flags that all runs share.
-        seeds (`list[int]`): The first tries all rates, all of them its two best.
-        deep_ensemble (`str`, *optional*): The row whose models, of all seeds, are scored together too.
-    """
-
-    name: str
-    title: str
-    description: str
-    script: str
-    recipe: str
-    text: str
-    pretrained: str | None
-    runs: dict[str, list[str]]
-    rows: list[Row]
-    rates: list[float]
-    common: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    deep_ensemble: str | None = "base, linear decay, SWA"
-
-    @property
-    def is_ablation(self) -> bool:
-        """Whether all rows are late-phase training, to be compared with the first."""
-        return all(row.is_late_phase for row in self.rows)
-
-    def flags(self, folder: Path) -> list[str]:
-        """What all runs have in common."""
-        flags = [f"--data_file={text_file(self.text, folder)}", *self.common]
-        return flags + ([f"--model={pretrained_folder(self.pretrained, folder)}"] if self.pretrained else [])
-
-    def prepare(self, folder: Path) -> None:
-        """Fetches the text and trains the model to fine-tune, unless they are there."""
-        if self.text == "django":
-            write_text(text_file("django", folder))
-        if self.pretrained is None:
-            return
-        model, text = self.pretrained.split("_")
-        if text == "django":
-            write_text(text_file("django", folder))
-        flags = [str(EXAMPLES / "recipes" / f"pretrain_{model}.yaml"), f"--data_file={text_file(text, folder)}"]
-        run_all([Run(folder / "pretrained" / self.pretrained, "run_enwik8.py", flags, {})], workers=1)
-
-
-def text_file(text: str, folder: Path) -> Path:
-    """Where a text lies."""
-    return SHARED / "enwik6" if text == "enwik6" else folder / "django.txt"
-
-
-def pretrained_folder(pretrained: str, folder: Path) -> Path:
-    """Where a model to fine-tune lies."""
-    return folder / "pretrained" / pretrained / "base"
+from comparison import AVERAGED, ENSEMBLE, Row, Table
 
 
 def fine_tuning(
@@ -129,6 +33,13 @@ def fine_tuning(
         rows=rows,
         rates=rates,
         common=[f"--max_train_tokens={kilobytes}000"],
+    )
+
+
+def on_gpu(table: Table, recipe: str) -> Table:
+    """The same at a size that asks for one."""
+    return dataclasses.replace(
+        table, recipe=recipe, device="cuda", deep_ensemble=None, description=f"{table.description} On a GPU, in bf16."
     )
 
 
@@ -270,25 +181,40 @@ NOISE_ROWS = [
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
+    "dropout ema": [*BASE, *EMA, *LSTM_DROPOUT],
     "dropout cosine": [*BASE, *SWA, *COSINE, *LSTM_DROPOUT],
+    "dropout constant": [*BASE, *SWA, *CONSTANT, *LSTM_DROPOUT],
     "schedule-free": [*SCHEDULE_FREE, *LSTM_DROPOUT],
     "one dropout": [*ONE, *SWA, *LSTM_DROPOUT],
     "late 0.3": [*LATE, *SWA, "--init_noise=0.3"],
     "late 0 dropout": [*LATE, *SWA, *LSTM_DROPOUT],
     "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, NOISE],
+    "late mean dropout": [*LATE, *SWA, *LSTM_DROPOUT, *MEAN],
+    "late mean dropout constant": [*LATE, *SWA, *LSTM_DROPOUT, *MEAN, *CONSTANT],
+    "batch ensemble": [*BATCH_ENSEMBLE, NOISE, *LSTM_DROPOUT],
 }
 LSTM_ROWS = [
     Row("base, linear decay", "base"),
     Row("base, linear decay, SWA", "base", figures=AVERAGED),
     Row("base, dropout 0.2, linear decay", "dropout"),
     Row("base, dropout 0.2, linear decay, SWA", "dropout", figures=AVERAGED),
+    Row("base, dropout 0.2, linear decay, EMA", "dropout ema", figures=AVERAGED),
     Row("base, dropout 0.2, cosine decay", "dropout cosine"),
+    Row("base, dropout 0.2, constant rate, SWA", "dropout constant", figures=AVERAGED),
     Row("base, dropout 0.2, schedule-free AdamW", "schedule-free"),
     Row("one member (rank-1), dropout 0.2", "one dropout"),
+    Row("one member (rank-1), dropout 0.2, SWA", "one dropout", figures=AVERAGED),
     Row("late-phase rank-1, σ0 = 0.3", "late 0.3", is_late_phase=True),
     Row("late-phase rank-1, σ0 = 0.3, SWA", "late 0.3", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
+    Row("late-phase rank-1, dropout 0.2, γ = 1/K", "late mean dropout", is_late_phase=True),
+    Row("late-phase rank-1, dropout 0.2, γ = 1/K, SWA", "late mean dropout", figures=AVERAGED, is_late_phase=True),
+    Row(
+        *("late-phase rank-1, dropout 0.2, γ = 1/K, constant rate, SWA", "late mean dropout constant", AVERAGED),
+        is_late_phase=True,
+    ),
+    BATCH_ENSEMBLE_ROW,
 ]
 SCRATCH_SWA = ["--swa_start=0.6"]
 ACCUMULATION = ["--method=accumulation", *MEAN]
@@ -327,6 +253,19 @@ SCRATCH_ROWS = [
     Row("late-phase rank-1, constant rate", "late constant", is_late_phase=True),
     Row("late-phase rank-1, constant rate, SWA", "late constant", figures=AVERAGED, is_late_phase=True),
     Row("BatchEnsemble, four predictions", "batch ensemble", figures=ENSEMBLE),
+]
+# A much larger model: the rows that decide.
+LARGE_RUNS = {
+    "base": [*BASE, *SWA],
+    "constant": [*BASE, *SWA, *CONSTANT],
+    "dropout 0.1": [*BASE, *SWA, *gpt2_dropout(0.1)],
+    "late norm mean": [*LATE_NORM, *SWA, *MEAN],
+    "late norm mean constant": [*LATE_NORM, *SWA, *MEAN, *CONSTANT],
+}
+LARGE_ROWS = [
+    *TRANSFORMER_ROWS[:2],
+    *MEAN_ROWS,
+    Row("base, dropout 0.1, SWA", "dropout 0.1", AVERAGED),
 ]
 # What a transformer has and the LSTM has not: norm layers.
 NORM_RUNS = {
@@ -378,6 +317,10 @@ TABLES = {
             *("gpt2", "enwik6", "django", 60, TRANSFORMER_RATES),
             TRANSFORMER_RUNS | HALF_RUNS | FAMILY_RUNS | MEAN_RUNS | SUM_RUNS,
             [*TRANSFORMER_ROWS, *HALF_ROWS, *FAMILY_ROWS, *MEAN_ROWS, *SUM_ROWS],
+        ),
+        on_gpu(
+            fine_tuning("gpt2-25m", "django", "enwik6", 200, [2.5e-4, 5e-4, 1e-3], LARGE_RUNS, LARGE_ROWS),
+            "evidence_finetune_gpt2-25m.yaml",
         ),
         fine_tuning("lstm", "django", "enwik6", 60, LSTM_RATES, LSTM_RUNS, LSTM_ROWS),
         from_scratch("lstm", "django", SCRATCH_RATES["lstm"], SCRATCH_RUNS, SCRATCH_ROWS),

@@ -33,12 +33,14 @@ class Run:
         script (`str`): The script's name in `examples/`, which has a `main(arguments)`.
         arguments (`list[str]`): Its arguments, without `--output_dir`.
         labels (`dict[str, Any]`): What tells the run from the others.
+        device (`str`): `"cpu"`, or `"cuda"` and bf16.
     """
 
     folder: Path
     script: str
     arguments: list[str]
     labels: dict[str, Any]
+    device: str = "cpu"
 
     @property
     def is_finished(self) -> bool:
@@ -50,7 +52,8 @@ class Run:
         if self.is_finished:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        common = [f"--output_dir={self.folder}", "--disable_tqdm=true", "--report_to=none", "--use_cpu=true"]
+        common = [f"--output_dir={self.folder}", "--disable_tqdm=true", "--report_to=none"]
+        common.append("--use_cpu=true" if self.device == "cpu" else "--bf16=true")
         with open(self.folder / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
             importlib.import_module(Path(self.script).stem).main([*self.arguments, *common])
         (self.folder / "finished").touch()
@@ -99,9 +102,14 @@ def collect(
     return {"command": " ".join(["python", *sys.argv]), "environment": environment() | versions, "runs": records}
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """The machine, as far as it can be told."""
-    return {"machine": platform.machine(), "python": platform.python_version(), "threads per run": 1}
+    machine = {"machine": platform.machine(), "python": platform.python_version(), "threads per run": 1}
+    if device == "cpu":
+        return machine
+    import torch
+
+    return machine | {"device": torch.cuda.get_device_name()}
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
