@@ -154,6 +154,13 @@ class LatePhaseMixin(PublishingMixin):
             if self.late_phase.released:
                 self._stepping.rejoin()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was killed after its last save has no step left, of which Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _begin_step(self) -> None:
         self._averaged_view.forget()
         self._stepping.release_if_due(self._points.late_phase_start)
