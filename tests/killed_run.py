@@ -3,7 +3,8 @@ Kills training runs at random times, lets them go on, and compares them with a r
 
     python tests/killed_run.py --kills 20
 
-Every run is a child process that gets SIGKILL. Four of five kills wait for the run to save, delete or upload.
+Every run is a child process that gets SIGKILL. Nine of ten kills wait for the run to save, delete or upload, or for its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from hf_latephase.staging import STAGING_NAME
 
 
 STEPS = 24
-KINDS = ("save", "any", "delete", "save", "upload")
+KINDS = ("save", "end", "delete", "save", "upload", "save", "any", "delete", "save", "upload")
 
 
 class SlowHub:
@@ -104,7 +105,7 @@ def _any(folder: Path, pattern: str) -> bool:
 
 
 def wait_for_moment(run: Path, dice: random.Random, kind: str, duration: float) -> None:
-    """Returns at the moment to kill: any, or while a step is saved, an old one deleted or a new one uploaded."""
+    """Returns at the moment to kill: any, while a step is saved, an old one deleted or a new one uploaded, the end."""
     if kind == "any":
         time.sleep(dice.uniform(0.05, duration))
         return
@@ -112,6 +113,7 @@ def wait_for_moment(run: Path, dice: random.Random, kind: str, duration: float) 
         "save": f"run/{STAGING_NAME}/checkpoint-*",
         "delete": f"run/{STAGING_NAME}/deleted-*",
         "upload": "hub/uploading",
+        "end": f"run/checkpoint-{STEPS}",
     }
     step, deadline = dice.randrange(3, STEPS), time.monotonic() + 60
     while time.monotonic() < deadline:
