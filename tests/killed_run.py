@@ -3,8 +3,8 @@ Kills training runs at random times, lets them go on, and compares them with a r
 
     python tests/killed_run.py --kills 20
 
-Every run is a child process that gets SIGKILL. Nine of ten kills wait for the run to save, delete or upload, or for its
-last checkpoint.
+Every run is a child process that gets SIGKILL. Nine of ten kills wait for the run to save, delete or upload, or for
+its last checkpoint.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_resume_between_two_logs_loses_no_loss(tmp_path) -> None:
 
 
 def test_the_last_checkpoint_has_no_step_left(tmp_path) -> None:
-    """In the middle of an epoch Trainer would take one more: a run killed after its last save would not end the same."""
+    """In the middle of an epoch Trainer takes one more: a run killed after its last save would not end the same."""
     config = LatePhaseConfig(num_members=3, weights=["norm"], late_phase_start=2, swa_start=5)
     check_resume(tmp_path, gpt2, config, 13)
 
