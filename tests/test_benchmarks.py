@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ import flatness
 import image_classifiers
 import language_models
 import pytest
+import runs
 import speed
 import texts
 from estimate import estimate
@@ -161,3 +164,16 @@ def test_a_text_that_pip_cannot_fetch(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="could not download Django.*no matching distribution.*--data_file"):
         texts.write_text(tmp_path / "text")
     assert not (tmp_path / "text").exists()
+
+
+def test_runs_side_by_side_have_a_thread_each(tmp_path) -> None:
+    """In a benchmark whose own file imports torch, too: it made evidence four times as slow."""
+    (tmp_path / "threads.py").write_text("import torch\ndef main(arguments):\n    print(torch.get_num_threads())\n")
+    (tmp_path / "benchmark.py").write_text(
+        "from pathlib import Path\nimport torch\nfrom runs import Run, run_all\n"
+        "if __name__ == '__main__':\n    run_all([Run(Path('out'), 'threads.py', [], {})], workers=1)\n"
+    )
+    paths = [str(tmp_path), str(Path(runs.__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, "benchmark.py"], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "out" / "log.txt").read_text() == "1\n"

@@ -196,6 +196,24 @@ def test_a_table_with_rows_that_have_not_run_is_left_out(tmp_path, monkeypatch, 
     )
 
 
+def test_a_table_is_completed_by_the_rows_that_it_lacks(tmp_path, monkeypatch) -> None:
+    table = TABLES["finetune_gpt2_enwik6_60kb"]
+    whole = {row.name: {"rate": 1.0} for row in table.rows}
+    lacking = [table.rows[1].name, table.rows[4].name]
+    environment = evidence.environment() | evidence.versions()
+    record = {"environment": environment, "deep ensemble": {"test": 1.0}, "rows": dict(whole)}
+    for name in lacking:
+        del record["rows"][name]
+    monkeypatch.setattr(evidence, "fill", lambda part, *_: {row.name: {"rate": 2.0} for row in part.rows})
+    completed = evidence.complete(table, record, tmp_path, 1)
+    assert list(completed["rows"]) == [row.name for row in table.rows]
+    assert [name for name, row in completed["rows"].items() if row["rate"] == 2.0] == lacking
+    assert completed["deep ensemble"] == {"test": 1.0}
+    record["environment"] = environment | {"torch": "1.0"}
+    with pytest.raises(ValueError, match="recorded with .*'torch': '1.0'.*: run all its rows"):
+        evidence.complete(table, record, tmp_path, 1)
+
+
 PLAIN = [
     *("base, linear decay", "base, linear decay, SWA", "base, linear decay, EMA", "base, cosine decay, SWA"),
     *("base, schedule-free AdamW", "one member (rank-1), SWA", "one member (rank-1), σ0 = 0.15, SWA"),

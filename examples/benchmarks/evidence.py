@@ -9,11 +9,12 @@ if it is near), the mean decides, and the grid is extended until that best is ne
 test split is read only then: what is recorded of the other rates has no test figures. Every run is a script of
 `examples/` in a folder of its own; runs that have finished are not repeated, so an interrupted table goes on where it
 was. The figures of a table go to `evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all
-of those.
+of those. A table that has got new rows is completed by `--only_missing=true`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -46,6 +47,9 @@ class EvidenceArguments:
     tables: list[str] = field(metadata={"help": f"Any of {', '.join(TABLES)}."})
     output_dir: str = field(default="outputs/evidence", metadata={"help": "Where the runs keep their models."})
     workers: int = field(default=2, metadata={"help": "Runs side by side, each on one thread."})
+    only_missing: bool = field(
+        default=False, metadata={"help": "Run the rows that a table's recorded figures lack, and keep the others."}
+    )
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.tables if name not in TABLES]
@@ -125,7 +129,7 @@ def tune(table: Table, folder: Path, workers: int) -> dict[str, dict[float, list
 
 def fill(table: Table, folder: Path, workers: int) -> dict[str, Any]:
     """
-    Runs what is missing of a table and returns its figures.
+    Runs what has not finished of a table and returns its figures.
 
     Returns:
         `dict[str, Any]`: By row: the validation figures by rate and seed, the rate chosen, and both splits' figures by
@@ -241,21 +245,45 @@ def summary() -> str:
     return markdown(["", "strongest control", "test", "late-phase", "test", "control less late-phase"], 1, lines)
 
 
+def record_of(table: Table, folder: Path, workers: int) -> dict[str, Any]:
+    """All that is recorded of a table."""
+    rows = fill(table, folder, workers)
+    return {
+        "command": f"python examples/benchmarks/evidence.py --tables {table.name}",
+        "environment": environment(table.device) | versions(),
+        "rows": rows,
+        "deep ensemble": deep_ensemble(table, rows, folder) if table.deep_ensemble else None,
+    }
+
+
+def complete(table: Table, record: dict[str, Any], folder: Path, workers: int) -> dict[str, Any]:
+    """
+    A record with the rows that it lacks, in the table's order, run now.
+
+    Raises:
+        `ValueError`: If it was made with other versions, or on another kind of machine.
+    """
+    now = environment(table.device) | versions()
+    if record["environment"] != now:
+        raise ValueError(f"{table.name} was recorded with {record['environment']}, this is {now}: run all its rows.")
+    missing = [row for row in table.rows if row.name not in record["rows"]]
+    rows = record["rows"] | (fill(dataclasses.replace(table, rows=missing), folder, workers) if missing else {})
+    return record | {"rows": {row.name: rows[row.name] for row in table.rows}}
+
+
 def main() -> None:
-    """Runs what is missing and writes figures and report."""
+    """Runs what has not finished and writes figures and report."""
     (arguments,) = HfArgumentParser(EvidenceArguments).parse_args_into_dataclasses()
     for name in arguments.tables:
         table, folder = TABLES[name], Path(arguments.output_dir)
         table.prepare(folder)
-        rows = fill(table, folder, arguments.workers)
-        record = {
-            "command": f"python examples/benchmarks/evidence.py --tables {name}",
-            "environment": environment(table.device) | versions(),
-            "rows": rows,
-            "deep ensemble": deep_ensemble(table, rows, folder) if table.deep_ensemble else None,
-        }
+        path = FIGURES / f"{name}.json"
+        if arguments.only_missing and path.exists():
+            record = complete(table, json.loads(path.read_text(encoding="utf-8")), folder, arguments.workers)
+        else:
+            record = record_of(table, folder, arguments.workers)
         FIGURES.mkdir(exist_ok=True)
-        (FIGURES / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         RESULTS.write_text(report(), encoding="utf-8")
         README.write_text(put_into_readme(README.read_text(encoding="utf-8"), "evidence", summary()), encoding="utf-8")
         print(section(table, record))

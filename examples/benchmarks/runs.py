@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 
@@ -73,8 +73,8 @@ def run_all(runs: Sequence[Run], workers: int) -> None:
 
 
 def _one_thread() -> None:
-    """Before torch is imported."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # Not by OMP_NUM_THREADS: torch has read it by now if the benchmark's own file imports torch.
+    torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLES))
 
 
@@ -107,8 +107,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     machine = {"machine": platform.machine(), "python": platform.python_version(), "threads per run": 1}
     if device == "cpu":
         return machine
-    import torch
-
     return machine | {"device": torch.cuda.get_device_name()}
 
 
