@@ -208,7 +208,19 @@ def section(table: Table, record: dict[str, Any]) -> str:
             f"Deep ensemble of the {seeds} models of “{table.deep_ensemble}” (mean of their predictions, at {seeds} "
             f"times the cost): {together['validation']:.3f} validation, {together['test']:.3f} test.\n"
         )
-    return "\n".join([*parts, f"    {record['command']}\n"])
+    return "\n".join([*parts, f"    {record['command']}  # {num_runs(table, rows)} runs\n"])
+
+
+def num_runs(table: Table, rows: dict[str, Any]) -> int:
+    """How many runs a table is made from; rows share some."""
+    return len(
+        {
+            (row.run, rate, seed)
+            for row in table.rows
+            for rate, own in rows[row.name]["validation by rate"].items()
+            for seed in range(len(own))
+        }
+    )
 
 
 def recorded() -> dict[str, dict[str, Any]]:

@@ -132,6 +132,7 @@ HALF_ROWS = [
     Row("base, dropout 0.05, half the updates, SWA", "dropout 0.05 half", figures=AVERAGED),
     Row("late-phase rank-1, σ0 = 0.15, half the updates, SWA", "late 0.15 half", AVERAGED, is_late_phase=True),
 ]
+ENSEMBLE_RUNS = {"batch ensemble": [*BATCH_ENSEMBLE, NOISE]}
 BATCH_ENSEMBLE_ROW = Row("BatchEnsemble, five predictions", "batch ensemble", figures=ENSEMBLE)
 # Norm layers add no parameters: their one member is the base.
 FAMILY_RUNS = {
@@ -158,12 +159,21 @@ MEAN_ROWS = [
     ),
 ]
 # Against gradients that are sums from T0 on.
+ONE_SUM = [*LATE_NORM, "--num_members=1", "--base_gradient_scale=5"]
 SUM_RUNS = {
-    "one sum": [*LATE_NORM, *SWA, "--num_members=1", "--base_gradient_scale=5"],
+    "one sum": [*ONE_SUM, *SWA],
+    "one sum ema": [*ONE_SUM, *EMA],
+    "one noisy ema": [*LATE, *EMA, "--num_members=1", NOISE],
+    "late both 0.15 ema": [*LATE, *EMA, NOISE, "--weights", "norm", "rank1"],
+    "late norm 0.15 ema": [*LATE_NORM, *EMA, NOISE],
     "late norm constant": [*LATE_NORM, *SWA, *CONSTANT],
 }
 SUM_ROWS = [
     Row("base, gradients × 5 from T0 on, SWA", "one sum", AVERAGED),
+    Row("base, gradients × 5 from T0 on, EMA", "one sum ema", AVERAGED),
+    Row("one member (rank-1), σ0 = 0.15, EMA", "one noisy ema", AVERAGED),
+    Row("late-phase norm and rank-1, σ0 = 0.15, EMA", "late both 0.15 ema", AVERAGED, is_late_phase=True),
+    Row("late-phase norm, σ0 = 0.15, EMA", "late norm 0.15 ema", AVERAGED, is_late_phase=True),
     Row("late-phase norm, σ0 = 0, constant rate, SWA", "late norm constant", AVERAGED, is_late_phase=True),
 ]
 # The best that noise and dropout do.
@@ -178,6 +188,22 @@ NOISE_ROWS = [
         is_late_phase=True,
     ),
 ]
+# EMA in place of SWA, of all that SWA helped.
+EMA_RUNS = {
+    "constant ema": [*BASE, *EMA, *CONSTANT],
+    "one ema": [*ONE, *EMA],
+    "late 0.15 ema": [*LATE, *EMA, NOISE],
+    "late norm mean constant ema": [*LATE_NORM, *EMA, *MEAN, *CONSTANT],
+}
+EMA_ROWS = [
+    Row("base, constant rate, EMA", "constant ema", AVERAGED),
+    Row("one member (rank-1), EMA", "one ema", AVERAGED),
+    Row("late-phase rank-1, σ0 = 0.15, EMA", "late 0.15 ema", AVERAGED, is_late_phase=True),
+    Row(
+        *("late-phase norm, σ0 = 0, γ = 1/K, constant rate, EMA", "late norm mean constant ema", AVERAGED),
+        is_late_phase=True,
+    ),
+]
 LSTM_RUNS = {
     "base": [*BASE, *SWA],
     "dropout": [*BASE, *SWA, *LSTM_DROPOUT],
@@ -186,10 +212,12 @@ LSTM_RUNS = {
     "dropout constant": [*BASE, *SWA, *CONSTANT, *LSTM_DROPOUT],
     "schedule-free": [*SCHEDULE_FREE, *LSTM_DROPOUT],
     "one dropout": [*ONE, *SWA, *LSTM_DROPOUT],
+    "one dropout ema": [*ONE, *EMA, *LSTM_DROPOUT],
     "late 0.3": [*LATE, *SWA, "--init_noise=0.3"],
     "late 0 dropout": [*LATE, *SWA, *LSTM_DROPOUT],
     "late 0.15 dropout": [*LATE, *SWA, *LSTM_DROPOUT, NOISE],
     "late mean dropout": [*LATE, *SWA, *LSTM_DROPOUT, *MEAN],
+    "late mean dropout ema": [*LATE, *EMA, *LSTM_DROPOUT, *MEAN],
     "late mean dropout constant": [*LATE, *SWA, *LSTM_DROPOUT, *MEAN, *CONSTANT],
     "batch ensemble": [*BATCH_ENSEMBLE, NOISE, *LSTM_DROPOUT],
 }
@@ -204,12 +232,14 @@ LSTM_ROWS = [
     Row("base, dropout 0.2, schedule-free AdamW", "schedule-free"),
     Row("one member (rank-1), dropout 0.2", "one dropout"),
     Row("one member (rank-1), dropout 0.2, SWA", "one dropout", figures=AVERAGED),
+    Row("one member (rank-1), dropout 0.2, EMA", "one dropout ema", figures=AVERAGED),
     Row("late-phase rank-1, σ0 = 0.3", "late 0.3", is_late_phase=True),
     Row("late-phase rank-1, σ0 = 0.3, SWA", "late 0.3", figures=AVERAGED, is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0", "late 0 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, σ0 = 0.15", "late 0.15 dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, γ = 1/K", "late mean dropout", is_late_phase=True),
     Row("late-phase rank-1, dropout 0.2, γ = 1/K, SWA", "late mean dropout", figures=AVERAGED, is_late_phase=True),
+    Row("late-phase rank-1, dropout 0.2, γ = 1/K, EMA", "late mean dropout ema", figures=AVERAGED, is_late_phase=True),
     Row(
         *("late-phase rank-1, dropout 0.2, γ = 1/K, constant rate, SWA", "late mean dropout constant", AVERAGED),
         is_late_phase=True,
@@ -310,13 +340,28 @@ TABLES = {
     for table in (
         fine_tuning(
             *("gpt2", "django", "enwik6", 60, TRANSFORMER_RATES),
-            TRANSFORMER_RUNS | HALF_RUNS | MEAN_RUNS | NOISE_RUNS | {"batch ensemble": [*BATCH_ENSEMBLE, NOISE]},
-            [*TRANSFORMER_ROWS, *HALF_ROWS, *MEAN_ROWS, *NOISE_ROWS, BATCH_ENSEMBLE_ROW],
+            TRANSFORMER_RUNS
+            | HALF_RUNS
+            | MEAN_RUNS
+            | NOISE_RUNS
+            | EMA_RUNS
+            | ENSEMBLE_RUNS
+            | {"dropout 0.05 ema": [*BASE, *EMA, *gpt2_dropout(0.05)]}
+            | {"both 0.15": [*LATE, *SWA, NOISE, "--weights", "norm", "rank1"]},
+            [
+                *(*TRANSFORMER_ROWS, *HALF_ROWS, *MEAN_ROWS, *NOISE_ROWS, *EMA_ROWS),
+                Row("base, dropout 0.05, EMA", "dropout 0.05 ema", figures=AVERAGED),
+                Row("late-phase norm and rank-1, σ0 = 0.15, SWA", "both 0.15", AVERAGED, is_late_phase=True),
+                BATCH_ENSEMBLE_ROW,
+            ],
         ),
         fine_tuning(
             *("gpt2", "enwik6", "django", 60, TRANSFORMER_RATES),
-            TRANSFORMER_RUNS | HALF_RUNS | FAMILY_RUNS | MEAN_RUNS | SUM_RUNS,
-            [*TRANSFORMER_ROWS, *HALF_ROWS, *FAMILY_ROWS, *MEAN_ROWS, *SUM_ROWS],
+            TRANSFORMER_RUNS | HALF_RUNS | FAMILY_RUNS | MEAN_RUNS | SUM_RUNS | EMA_RUNS | ENSEMBLE_RUNS,
+            [
+                *(*TRANSFORMER_ROWS, *HALF_ROWS, *FAMILY_ROWS, *MEAN_ROWS, *SUM_ROWS, *EMA_ROWS),
+                BATCH_ENSEMBLE_ROW,
+            ],
         ),
         on_gpu(
             fine_tuning("gpt2-25m", "django", "enwik6", 200, [2.5e-4, 5e-4, 1e-3], LARGE_RUNS, LARGE_ROWS),
