@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
 from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
@@ -74,9 +75,20 @@ def exact_loss(logits: Any, labels: Any, vocab_size: int, num_items_in_batch: An
     return nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
 
 
+class ExactRMSNorm(LlamaRMSNorm):
+    """Llama's, which computes in float32 whatever the model's dtype, in that dtype."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (hidden_states * scale)
+
+
 def double(model: Any) -> Any:
-    """The model in float64, its loss included."""
+    """The model in float64, its loss and norms included: now and then 1e-15 decides how a number rounds to float32."""
     model.loss_function = exact_loss
+    for module in model.modules():
+        if type(module) is LlamaRMSNorm:
+            module.__class__ = ExactRMSNorm
     return model.double()
 
 
