@@ -16,12 +16,13 @@ from test_algorithm1 import follow
 from test_distributed import SHARDED, SHARDED_ARGUMENTS, accelerate, launch
 from test_distributed import assert_close as assert_weights_close
 from test_resume import check_resume
+from test_switches import Changes, Overflowing, losses
 from tiny import DEVICE_VARIABLE, MODELS, gpt2, lstm, trainer
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 from workloads import Setting
 
-from hf_latephase import LatePhaseConfig, LatePhaseTrainer
+from hf_latephase import LatePhaseConfig
 from hf_latephase.models import WideResNetConfig, WideResNetForImageClassification
 
 
@@ -43,10 +44,6 @@ def trained(folder: Any, model: Any, late: LatePhaseConfig | None, **kwargs: Any
     run = trainer(folder, model(), late, **{"logging_steps": 1, "learning_rate": 5e-3, **kwargs})
     run.train()
     return run
-
-
-def losses(run: Any) -> list[float]:
-    return [log["loss"] for log in run.state.log_history if "loss" in log]
 
 
 # ---- the algorithm ----
@@ -131,26 +128,16 @@ def test_mixed_precision(tmp_path, name: str, precision: str) -> None:
 
 
 def test_an_overflow_in_fp16_skips_the_whole_cycle(tmp_path) -> None:
-    watched: list[dict[str, torch.Tensor]] = []
+    class AtFive(Overflowing):
+        overflow_at = 5
 
-    class Watch(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-            watched.append({n: p.detach().clone() for n, p in model.named_parameters()})
-
-    class Overflowing(LatePhaseTrainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
-            if self.state.global_step == 5:
-                next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
-            return loss
-
+    changes = Changes()
     run = trained(
-        tmp_path, gpt2, config(late_phase_start=0), trainer_class=Overflowing, max_steps=9, fp16=True,
-        extra={"callbacks": [Watch()]},
+        tmp_path, gpt2, config(late_phase_start=0), trainer_class=AtFive, max_steps=9, fp16=True,
+        extra={"callbacks": [changes]},
     )  # fmt: skip
-    changed = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in zip(watched, watched[1:], strict=False)]
     # Cycles end at steps 3, 6 and 9; the one that ends at 6 is dropped and halves the scale.
-    assert changed == [False, True, False, False, False, False, False, True]
+    assert changes.steps() == [False, True, False, False, False, False, False, True]
     assert run.accelerator.scaler.get_scale() == 2.0**15
 
 

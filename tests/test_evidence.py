@@ -219,7 +219,6 @@ PLAIN = [
     *("base, schedule-free AdamW", "one member (rank-1), SWA", "one member (rank-1), σ0 = 0.15, SWA"),
     *("base, constant rate, SWA", "base, constant rate, EMA", "one member (rank-1), EMA"),
 ]
-NOISY_EMA = "late-phase norm and rank-1, σ0 = 0.15, EMA"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ NOISY_EMA = "late-phase norm and rank-1, σ0 = 0.15, EMA"
         (
             "finetune_gpt2_django_60kb",
             "late-phase norm, σ0 = 0, γ = 1/K, constant rate, SWA",
-            NOISY_EMA,
+            "late-phase norm and rank-1, σ0 = 0.15, EMA",
             None,
         ),
         (

@@ -279,7 +279,7 @@ def complete(table: Table, record: dict[str, Any], folder: Path, workers: int) -
     if record["environment"] != now:
         raise ValueError(f"{table.name} was recorded with {record['environment']}, this is {now}: run all its rows.")
     missing = [row for row in table.rows if row.name not in record["rows"]]
-    rows = record["rows"] | (fill(dataclasses.replace(table, rows=missing), folder, workers) if missing else {})
+    rows = record["rows"] | fill(dataclasses.replace(table, rows=missing), folder, workers)
     return record | {"rows": {row.name: rows[row.name] for row in table.rows}}
 
 
