@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Iterable, Iterator
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
-import numpy as np
 import torch
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from .running_statistics import forget_statistics, measure_statistics
+from .averaging import WeightAverage
+from .late_phase import LatePhase
+from .running_statistics import forget_statistics, plain_layers, shown, statistics_of
+from .sharding import named_parameters
 
 
 class AveragedView:
@@ -19,14 +21,35 @@ class AveragedView:
     Puts the averages that the config asks for in place of the weights that training goes on with.
 
     Args:
-        trainer (`LatePhaseMixin`):
-            The trainer.
+        late_phase (`LatePhase`):
+            The members.
+        average (`WeightAverage`, *optional*):
+            Their average over time, if the config asks for one.
+        measure (`Callable[[], dict[str, torch.Tensor]]`, *optional*):
+            Measures BatchNorm statistics over the training set, if the config asks for it; see
+            [`~running_statistics.measure_statistics`].
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(
+        self, late_phase: LatePhase, average: WeightAverage | None, measure: Callable[[], dict[str, Tensor]] | None
+    ) -> None:
+        self._late_phase = late_phase
+        self.average = average
+        self._measure = measure
+        self._is_shown = False
         # Whether the statistics now measured belong to an average over time; `None` if none are.
         self._measured_over_time: bool | None = None
+        # Those of the layers that are no late-phase weights.
+        self._statistics: dict[str, Tensor] = {}
+        self._is_settled = False
+        # Once settled, the weights that training ended with, if an average over time took their place.
+        self._raw: dict[str, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copies what it shows now; a copy of the model has no trainer to measure statistics with."""
+        copied = type(self)(copy.deepcopy(self._late_phase, memo), copy.deepcopy(self.average, memo), None)
+        copied._statistics = copy.deepcopy(self._statistics, memo)
+        return copied
 
     @contextlib.contextmanager
     def applied(self, time_averaged: bool = True) -> Iterator[None]:
@@ -37,59 +60,81 @@ class AveragedView:
             time_averaged (`bool`, defaults to `True`):
                 Whether to use the average over time too, if the config asks for one and there is one.
         """
-        average = self._trainer.weight_average
-        over_time = time_averaged and average is not None and average.num_averaged > 0
-        with average.applied() if over_time else contextlib.nullcontext():
-            if self._asked_for(over_time) and self._measured_over_time != over_time:
-                self._measure()
-                self._measured_over_time = over_time
+        if self._is_shown or (self._is_settled and (time_averaged or not self._raw)):
             yield
+            return
+        self._is_shown = True
+        try:
+            if self._is_settled:
+                with self._late_phase.attached(), self._replaced(self._raw), self._with_statistics(False):
+                    yield
+            else:
+                over_time = time_averaged and self._has_average
+                values = self.average.applied() if over_time and self.average else contextlib.nullcontext()
+                with values, self._with_statistics(over_time):
+                    yield
+        finally:
+            if self._is_settled:
+                self._measured_over_time, self._statistics = None, {}
+            self._is_shown = False
 
     def forget(self) -> None:
         """Drops measured statistics, which no longer fit once the weights change."""
         if self._measured_over_time is not None:
-            forget_statistics(self._trainer.late_phase)
-            self._measured_over_time = None
+            forget_statistics(self._late_phase)
+            self._measured_over_time, self._statistics = None, {}
 
-    def _asked_for(self, over_time: bool) -> bool:
-        trainer = self._trainer
+    @torch.no_grad()
+    def settle(self, measures: bool) -> None:
+        """
+        Makes the averages the weights that the model has from now on, as training is over.
+
+        Args:
+            measures (`bool`):
+                Whether statistics may be measured once more, which takes time that an interrupted run has not.
+        """
+        if self._has_average and self.average is not None:
+            own = self.average.tensors()
+            self._raw = {name: tensor.detach().clone() for name, tensor in own.items()}
+            for name, value in self.average.values.items():
+                own[name].copy_(value)
+            self.average.values = {}
+        if measures:
+            with self._with_statistics(bool(self._raw)):
+                statistics = self._statistics
+            for name, buffer in statistics_of(plain_layers(self._late_phase)).items():
+                buffer.copy_(statistics.get(name, buffer))
+            self._statistics = {}
+        else:
+            self.forget()
+        self._is_settled = True
+
+    @property
+    def _has_average(self) -> bool:
+        return self.average is not None and self.average.num_averaged > 0
+
+    @contextlib.contextmanager
+    def _with_statistics(self, over_time: bool) -> Iterator[None]:
         # Before T0 the model is the plain one, with the statistics that it has.
-        has_average = trainer.late_phase.released or over_time
-        asked = trainer.late_phase_config.batch_norm_statistics != "running"
-        return asked and has_average and trainer.train_dataset is not None
-
-    def _measure(self) -> None:
-        trainer = self._trainer
-        self.forget()
-        with _generators_kept(trainer.args.device):
-            measure_statistics(
-                trainer.late_phase,
-                self._minibatches,
-                self._forward,
-                of_members=trainer.late_phase_config.batch_norm_statistics == "recomputed_members",
-                reduce=trainer.accelerator.reduce,
-            )
-
-    def _minibatches(self) -> Iterable[Any]:
-        trainer = self._trainer
-        hidden = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-        return tqdm(trainer.get_train_dataloader(), desc="BatchNorm statistics", leave=False, disable=hidden)
-
-    def _forward(self, minibatch: dict[str, Any]) -> None:
-        trainer = self._trainer
-        inputs = trainer._prepare_inputs(minibatch)
-        with trainer.compute_loss_context_manager():
-            trainer.compute_loss(trainer.model, inputs)
-
-
-@contextlib.contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """Training draws the same numbers whether or not statistics were measured meanwhile."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        # This process's GPU only: left to itself PyTorch warns that it visits all of the machine's.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        asked_for = self._measure is not None and (self._late_phase.released or over_time)
+        if asked_for and self._measured_over_time != over_time:
+            self.forget()
+            self._statistics = self._measure()  # type: ignore[misc]
+            self._measured_over_time = over_time
+        with shown(self._late_phase, self._statistics):
             yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def _replaced(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Context in which the attached model holds other weights."""
+        model = self._late_phase.model
+        own: dict[str, Tensor] = {**named_parameters(model), **dict(model.named_buffers())}
+        before = {name: own[name].detach().clone() for name in values}
+        for name, value in values.items():
+            own[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                own[name].copy_(value)

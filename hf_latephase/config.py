@@ -26,11 +26,12 @@ class LatePhaseConfig:
             Number K of copies of the late-phase weights, at least 1. With 1 nothing is replicated.
         late_phase_start (`float`, defaults to 0.6):
             T0, when the late-phase weights are replicated. Before it one model is trained.
-        weights (`list[str]`, defaults to `["rank1"]`):
+        weights (`list[str]`, *optional*, defaults to `["rank1"]`):
             Families of late-phase weights, any of `"rank1"` (W ∘ u vᵀ, u and v replicated), `"norm"` (scale and shift
             of normalisation layers; of BatchNorm the running statistics too), `"head"` (the output layer),
             `"hypernet"` (layers with weights of one shape share weight templates, and the embeddings that mix them
-            are replicated), `"full"` (every weight, an ablation).
+            are replicated), `"full"` (every weight, an ablation). With `num_members=1` there is nothing to copy: only
+            rank-1 factors and embeddings are put on the model, and the default is none at all.
         target_modules (`list[str]`, *optional*):
             Module names, name suffixes or regular expressions (matched against the full name), as in PEFT. They
             restrict every family of which they match a module; a family that none of them matches keeps its default.
@@ -100,7 +101,7 @@ class LatePhaseConfig:
         default=0.6, metadata={"help": "T0: below 1 a share of all training steps, else a number of steps."}
     )
     weights: list[str] = field(
-        default_factory=lambda: ["rank1"],
+        default=None,  # type: ignore[arg-type]  # __post_init__ fills it in
         metadata={"help": f"Families of late-phase weights, any of {', '.join(FAMILIES)}."},
     )
     target_modules: list[str] | None = field(
@@ -136,6 +137,8 @@ class LatePhaseConfig:
                 f"num_members must be a whole number of at least 1, got {self.num_members!r}. Choose 1 to replicate "
                 "nothing, 10 as in the paper."
             )
+        if self.weights is None:
+            self.weights = ["rank1"] if self.num_members > 1 else []  # type: ignore[unreachable]
         self._check_weights()
         for name in ("target_modules", "exclude_modules"):
             self._check_patterns(name)
@@ -173,14 +176,15 @@ class LatePhaseConfig:
             raise ValueError(
                 f"batch_norm_statistics must be one of {list(known)}, got {self.batch_norm_statistics!r}: choose one."
             )
-        if self.batch_norm_statistics != "running" and not {"norm", "full"} & set(self.weights):
+        copies = {"norm", "full"} & set(self.weights)
+        if self.batch_norm_statistics != "running" and self.num_members > 1 and not copies:
             raise ValueError(
                 f"batch_norm_statistics={self.batch_norm_statistics!r} measures those of BatchNorm layers that are "
                 f"late-phase weights, but weights={self.weights} has no 'norm'. Add it, or keep 'running'."
             )
 
     def _check_weights(self) -> None:
-        if not isinstance(self.weights, (list, tuple)) or not self.weights:
+        if not isinstance(self.weights, (list, tuple)) or (not self.weights and self.num_members > 1):
             raise ValueError(
                 f"weights must be a list with at least one of {list(FAMILIES)}, got {self.weights!r}. Write a single "
                 "one as a list of one."
@@ -304,7 +308,9 @@ def resolve_points(config: LatePhaseConfig, max_steps: int) -> PointsInTraining:
         `ValueError`: If one lies outside of training, or SWA would begin before T0.
     """
     start = steps_at(config.late_phase_start, max_steps)
-    if start >= max_steps:
+    # Of one member that steps once a minibatch nothing begins at T0.
+    has_late_phase = config.num_members > 1 or (config.cycle_length or 1) > 1
+    if has_late_phase and start >= max_steps:
         raise ValueError(
             f"late_phase_start={config.late_phase_start} is step {start}, but training ends at step "
             f"{max_steps}: the late phase would never begin. Lower it, or train longer."

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import LatePhaseConfig
+from .saving import METHOD, save_as_before, save_stock_models
 from .sharding import gathered, named_parameters, sharded_like
+from .summary import summarise
 from .weights import PARAMETRIZATIONS, Attachment, Members, Target, attach, detach, find_targets, fold, write
+from .weights.attach import keep, restore
+from .weights.batch_norm import STATISTICS
 
 
 class LatePhase:
@@ -26,11 +29,17 @@ class LatePhase:
     optimizer (SGD, Adam, AdamW) over `model.parameters()` acts as K separate ones, provided that it steps once a
     cycle. Until [`~LatePhase.release`] only member 0 is used.
 
+    The model is the stock model again after [`~LatePhase.detach`], or at the end of a `with` block: same object, same
+    parameters, the members averaged. While members are attached, `model.save_pretrained` and `model.push_to_hub` write
+    that stock model, and `model.load_state_dict` takes its keys; `model.state_dict()` has keys of its own.
+
     Args:
         model (`torch.nn.Module`):
             The model, changed in place. The parameters keep their dtype and device.
         config (`LatePhaseConfig`):
-            Which weights, how many members.
+            Which weights, how many members. With one member only rank-1 factors and embeddings are attached.
+        attach (`bool`, defaults to `True`):
+            Whether to attach at once. Otherwise the model is only checked, and [`~LatePhase.attach`] does it.
 
     Raises:
         `ValueError`: If the model and the config do not fit; the model is then unchanged.
@@ -42,28 +51,106 @@ class LatePhase:
     >>> from hf_latephase import LatePhase, LatePhaseConfig
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
-    >>> late_phase = LatePhase(model, LatePhaseConfig(num_members=3, weights=["rank1", "norm"]))
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> late_phase.release()
-    >>> for k in range(3):
-    ...     late_phase.activate(k)
-    ...     model(torch.randn(5, 4)).square().mean().backward()
-    >>> optimizer.step()
-    >>> sorted(late_phase.averaged_state_dict())
+    >>> with LatePhase(model, LatePhaseConfig(num_members=3, weights=["rank1", "norm"])) as late_phase:
+    ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ...     late_phase.release()
+    ...     for k in range(3):
+    ...         late_phase.activate(k)
+    ...         model(torch.randn(5, 4)).square().mean().backward()
+    ...     optimizer.step()
+    >>> sorted(model.state_dict())
     ['0.bias', '0.weight', '1.bias', '1.weight', '2.bias', '2.weight']
 
     ```
     """
 
-    def __init__(self, model: nn.Module, config: LatePhaseConfig) -> None:
-        targets = find_targets(model, config)
+    def __init__(self, model: nn.Module, config: LatePhaseConfig, attach: bool = True) -> None:
         self.model = model
         self.config = config
         self.members = Members(config.num_members)
-        self._plain_keys = list(model.state_dict())
-        self._aliases = _aliases(model)
-        self._attachments = attach(model, targets, self.members, by_sample=config.member_assignment == "sample")
+        self.is_attached = False
+        # What saving shows of the model besides the members' average; a trainer sets the average over time.
+        self.view: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self._found = find_targets(model, config)
+        self._attachments: list[Attachment] = []
+        # The members of a detached model, by their names in the attached one.
+        self._kept: dict[str, Tensor] = {}
+        if attach:
+            self.attach()
+
+    def __enter__(self) -> Self:
+        if not self.is_attached:
+            self.attach()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """
+        Attaches late-phase weights to the model as it is now; every member equals it.
+
+        Raises:
+            `ValueError`: If the model and the config do not fit (any more); the model is then unchanged.
+        """
+        if self.is_attached:
+            raise ValueError("The members are attached already. Call detach() first.")
+        self._found = find_targets(self.model, self.config)
+        self.members.released = False
+        self._kept = {}
+        self._put_on()
+
+    def detach(self) -> nn.Module:
+        """
+        Makes the model the stock model again, in place, with the averaged weights, and returns it.
+
+        It is the same object with the same parameters. [`~LatePhase.stacks`] and [`~LatePhase.attached`] still know
+        the members.
+        """
+        if self.is_attached:
+            kept = keep(self.model, self._attachments) if self.num_members > 1 and self.released else {}
+            self._take_off(self._averaged_targets())
+            self._kept = kept
+        return self.model
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """
+        Context in which the members are in the model, to look at them; after it the model is as before, to the bit.
+
+        Members of a model that was detached come back from their average, rank-1 ones up to rounding. Changes made
+        inside are lost.
+
+        Raises:
+            `ValueError`: If the model was changed so much that the members do not fit it.
+        """
+        if self.is_attached:
+            yield
+            return
+        plain = self.model.state_dict()
+        stock = {target.key: plain[target.key].detach() for target in self.targets}
+        self._put_on()
+        try:
+            restore(self.model, self._attachments, self._kept)
+            yield
+        finally:
+            self._take_off(stock)
+
+    def _put_on(self) -> None:
+        self._plain_keys = list(self.model.state_dict())
+        self._aliases = _aliases(self.model)
+        by_sample = self.config.member_assignment == "sample"
+        self._attachments = attach(self.model, self.targets, self.members, by_sample)
+        for name in ("_stack_names", "_by_prefix"):
+            self.__dict__.pop(name, None)
+        save_stock_models(self)
+        self.is_attached = True
         self._move_members()
+
+    def _take_off(self, values: dict[str, Tensor]) -> None:
+        save_as_before(self.model)
+        detach(self.model, self._attachments, values)
+        self.is_attached = False
 
     @property
     def num_members(self) -> int:
@@ -72,8 +159,13 @@ class LatePhase:
 
     @property
     def targets(self) -> list[Target]:
-        """The tensors that are late-phase weights, each with the rule that chose it."""
-        return [attachment.target for attachment in self._attachments]
+        """The tensors that are late-phase weights while members are attached, each with the rule that chose it."""
+        return self._found.targets
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """What is on the model, or was before it was detached."""
+        return self._attachments
 
     @property
     def released(self) -> bool:
@@ -100,24 +192,8 @@ class LatePhase:
 
         ```
         """
-        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-        extra = late = 0
-        for attachment in self._attachments:
-            stacks = [own[attachment.prefix + name] for name in attachment.stacks]
-            trained = sum(stack.numel() for stack in stacks if isinstance(stack, nn.Parameter))
-            groups[attachment.target.family, attachment.target.rule].append(trained // self.num_members)
-            late += trained
-            # Of copies the plain model has one itself.
-            kept = self.num_members if attachment.stacks != ["original"] else self.num_members - 1
-            extra += sum(stack.nbytes // self.num_members * kept for stack in stacks)
-        lines = [
-            f"{family}: {_count(len(sizes), 'tensor')}, {sum(sizes):,} parameters a member ({rule})"
-            for (family, rule), sizes in groups.items()
-        ]
-        others = sum(p.numel() for p in self.base_parameters().values())
-        cost = f"{late:,} late-phase parameters, {others:,} others; {extra:,} more bytes than the plain model"
-        return "\n".join([*lines, f"{_count(self.num_members, 'member')}: {cost}"])
+        with self.attached():
+            return summarise(self.model, self._attachments, self._found.frozen, self.num_members)
 
     def is_late_phase(self, parameter_name: str) -> bool:
         """Whether a name in `model.named_parameters()` belongs to a stack `[K, ...]` of members."""
@@ -142,13 +218,17 @@ class LatePhase:
         return attachment.target.key if name == "original" else None
 
     def stacks(self) -> dict[str, nn.Parameter]:
-        """Returns the members' parameters by name, each `[K, ...]`."""
+        """Returns the members' parameters by name, each `[K, ...]`; of a detached model those that it had."""
         names = self._stack_names
+        if not self.is_attached:
+            return {n: nn.Parameter(t, False) for n, t in self._kept.items() if n in names and not _is_statistic(n)}
         return {name: p for name, p in named_parameters(self.model).items() if name in names}
 
     def statistics(self) -> dict[str, Tensor]:
-        """Returns the members' running statistics of BatchNorm layers by name, each `[K, ...]`."""
+        """Returns the members' running statistics of BatchNorm layers by name, each `[K, ...]`; as `stacks`."""
         names = self._stack_names
+        if not self.is_attached:
+            return {name: t for name, t in self._kept.items() if name in names and _is_statistic(name)}
         return {name: buffer for name, buffer in self.model.named_buffers() if name in names}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
@@ -164,8 +244,15 @@ class LatePhase:
             member (`int`, *optional*):
                 A member, counted from 0; `None` for the average of all.
         """
+        if not self.is_attached and member is not None:
+            raise RuntimeError("The members are not in the model: look at them inside `with late_phase.attached():`.")
         self._move_members()
         self.members.activate(member)
+
+    def rest(self) -> None:
+        """Selects the average for user code, which may not write into what was computed from members."""
+        self.activate(None)
+        self.members.at_rest = self.is_attached
 
     def activate_by_sample(self) -> None:
         """Lets the next passes deal out the rows of each batch over the members, in contiguous blocks."""
@@ -176,14 +263,15 @@ class LatePhase:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context in which the model computes with the average of the members."""
-        mode, member = self.members.mode, self.members.member
-        self.activate(None)
-        try:
-            yield
-        finally:
-            self.activate(member)
-            self.members.mode = mode
+        """Context in which the model computes with the average of the members, attached if they were not."""
+        with self.attached():
+            mode, member, at_rest = self.members.mode, self.members.member, self.members.at_rest
+            self.activate(None)
+            try:
+                yield
+            finally:
+                self.activate(member)
+                self.members.mode, self.members.at_rest = mode, at_rest
 
     @torch.no_grad()
     def release(self, generator: torch.Generator | None = None) -> None:
@@ -197,6 +285,8 @@ class LatePhase:
         Raises:
             `RuntimeError`: If the members were released before.
         """
+        if not self.is_attached:
+            raise RuntimeError("There are no members to release: call attach() first.")
         if self.released:
             raise RuntimeError("The members were released before; rejoin() makes them one again.")
         for stack in self.stacks().values():
@@ -228,9 +318,11 @@ class LatePhase:
         Args:
             state_dict (`dict[str, torch.Tensor]`, *optional*):
                 A full state dict of the attached model to fold, gathered from a sharded model or averaged over time.
-                `None`: the model's own.
+                `None`: the model's own. A plain one is returned as it is.
         """
         source = self.model.state_dict() if state_dict is None else state_dict
+        if not self.is_attached or not any(PARAMETRIZATIONS in key for key in source):
+            return source
         with torch.no_grad():
             folded = fold(self.model, self._attachments, source)
         plain: dict[str, Any] = {k: folded.get(self._aliases.get(k, k), source.get(k)) for k in self._plain_keys}
@@ -238,25 +330,22 @@ class LatePhase:
 
     def averaged_model(self) -> nn.Module:
         """Returns a new stock model, on the same device and in the same mode, that holds the averaged weights."""
-        model = copy.deepcopy(self.model)
-        detach(model, self._attachments, self._averaged_targets(copied=True))
+        # What saves the stock model is shared, as the copy needs none.
+        savers = [saver for module in self.model.modules() if (saver := vars(module).get(METHOD)) is not None]
+        model = copy.deepcopy(self.model, {id(saver): saver for saver in savers})
+        if self.is_attached:
+            save_as_before(model)
+            detach(model, self._attachments, self._averaged_targets(), copied=True)
         return model
 
     @torch.no_grad()
     def load_averaged_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Makes every member that of a plain state dict: factors 1, embeddings unit vectors, stacks equal copies."""
-        write(self.model, self._attachments, state_dict)
+        if self.is_attached:
+            write(self.model, self._attachments, state_dict)
         for name, tensor in self.model.state_dict().items():
             if self.plain_name(name) == name and name in state_dict:
                 tensor.copy_(state_dict[name])
-
-    def detach(self) -> nn.Module:
-        """Makes the model the stock model again, in place, with the averaged weights, and returns it."""
-        detach(self.model, self._attachments, self._averaged_targets())
-        self._attachments = []
-        for name in ("_stack_names", "_by_prefix"):
-            self.__dict__.pop(name, None)
-        return self.model
 
     def distance_from_mean(self) -> Tensor:
         """Returns the rms distance of the members from their mean, relative to the rms of that (0-d, on device)."""
@@ -269,10 +358,9 @@ class LatePhase:
                 size.append(mean.square().float().sum())
             return (torch.stack(spread).sum() / torch.stack(size).sum()).sqrt()
 
-    def _averaged_targets(self, copied: bool = False) -> dict[str, Tensor]:
+    def _averaged_targets(self) -> dict[str, Tensor]:
         averaged = self.averaged_state_dict()
-        values = {target.key: averaged[target.key] for target in self.targets}
-        return {key: value.clone() for key, value in values.items()} if copied else values
+        return {target.key: averaged[target.key].detach().clone() for target in self.targets}
 
     def _set_members(
         self, stack: Tensor, shared: Tensor, generator: torch.Generator | None, noise: bool = True
@@ -287,8 +375,9 @@ class LatePhase:
         stack.copy_(sharded_like(stack, values.clone()))
 
     def _move_members(self) -> None:
-        first = next(iter(self.model.parameters()))
-        self.members.to(first.device)
+        first = next(iter(self.model.parameters()), None)
+        if first is not None:
+            self.members.to(first.device)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -297,5 +386,5 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
+def _is_statistic(name: str) -> bool:
+    return any(f"{PARAMETRIZATIONS}{statistic}." in name for statistic in STATISTICS)

@@ -40,21 +40,26 @@ class MemberEvaluation:
         dataloader = trainer.get_eval_dataloader(eval_dataset)
         # Before T0 there is one member; the others wait for its values.
         members = trainer.late_phase.num_members if trainer.late_phase.released else 1
-        viewpoints: list[int | str] = [*range(members), "average", "ensemble"]
-        table = MemberTable()
+        table = MemberTable({f"member_{member}": {} for member in range(members)} | {"average": {}})
+
+        def evaluate(name: str, viewpoint: int | str) -> None:
+            self._viewpoint = viewpoint
+            metrics = trainer.evaluation_loop(
+                dataloader,
+                description=f"Evaluation of {name}",
+                prediction_loss_only=trainer.compute_metrics is None,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            ).metrics
+            prefix = f"{metric_key_prefix}_"
+            table[name] = {k.removeprefix(prefix): v for k, v in metrics.items() if "model_preparation" not in k}
+
         try:
-            for viewpoint in viewpoints:
-                self._viewpoint = viewpoint
-                name = f"member_{viewpoint}" if isinstance(viewpoint, int) else viewpoint
-                metrics = trainer.evaluation_loop(
-                    dataloader,
-                    description=f"Evaluation of {name}",
-                    prediction_loss_only=trainer.compute_metrics is None,
-                    ignore_keys=ignore_keys,
-                    metric_key_prefix=metric_key_prefix,
-                ).metrics
-                prefix = f"{metric_key_prefix}_"
-                table[name] = {k.removeprefix(prefix): v for k, v in metrics.items() if "model_preparation" not in k}
+            evaluate("average", "average")  # of the model as it is, which after training is the stock model
+            with trainer.late_phase.attached():
+                for member in range(members):
+                    evaluate(f"member_{member}", member)
+                evaluate("ensemble", "ensemble")
         finally:
             self._viewpoint = None
         trainer.log(table.summary(metric_key_prefix))

@@ -19,15 +19,41 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def group_apart(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Moves parameters out of an optimizer's groups into groups of their own, with the same settings."""
+def group_apart(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[int]:
+    """Moves parameters out of an optimizer's groups into new ones with the same settings; returns those groups."""
     apart = {id(p) for p in parameters}
-    for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in apart]
-        rest = [p for p in group["params"] if id(p) not in apart]
-        if moved and rest:
-            group["params"] = rest
-            optimizer.add_param_group({**group, "params": moved})
+    sources = []
+    for index, group in enumerate(list(optimizer.param_groups)):
+        names = group.get("param_names", [])
+        moved = [position for position, p in enumerate(group["params"]) if id(p) in apart]
+        if not moved or len(moved) == len(group["params"]):
+            continue
+        params, rest = group["params"], [i for i in range(len(group["params"])) if i not in set(moved)]
+        settings = {name: value for name, value in group.items() if name != "param_names"}
+        named: Any = [(names[i], params[i]) if names else params[i] for i in moved]
+        group["params"] = [params[i] for i in rest]
+        if names:
+            group["param_names"] = [names[i] for i in rest]
+        optimizer.add_param_group({**settings, "params": named})
+        sources.append(index)
+    return sources
+
+
+def check_trained(optimizer: Optimizer, stacks: dict[str, nn.Parameter]) -> None:
+    """
+    Refuses an optimizer that does not hold all members.
+
+    Raises:
+        `ValueError`: Names the first stack that it would leave as it is.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, stack in stacks.items() if stack.requires_grad and id(stack) not in held]
+    if missing:
+        raise ValueError(
+            f"The optimizer does not hold {missing[0]!r}, so these members would never be trained "
+            f"({len(missing)} of {len(stacks)}). Was it built from another model? create_optimizer must build it from "
+            "the parameters of trainer.model, once train() has begun."
+        )
 
 
 def set_decay(optimizer: Optimizer, parameters: Iterable[Tensor], weight_decay: float) -> list[tuple[dict, float]]:
@@ -40,17 +66,35 @@ def set_decay(optimizer: Optimizer, parameters: Iterable[Tensor], weight_decay: 
     return before
 
 
-def check_elementwise(optimizer: Optimizer) -> None:
+def check_elementwise(optimizer: Optimizer, stacks: Iterable[Tensor]) -> None:
     """
     Refuses an optimizer whose update of one member depends on the others.
 
     Members lie stacked in one tensor, which equals separate optimizers only if the update is elementwise. That is
-    tried out, not looked up: two steps on a small stack are compared with two steps on its parts.
+    tried out, not looked up: two steps on a small stack are compared with two steps on its parts, with the settings of
+    each group that holds members.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`):
+            The optimizer, whose other groups may do as they like.
+        stacks (`Iterable[torch.Tensor]`):
+            The members' parameters.
 
     Raises:
         `ValueError`: If the optimizer mixes elements of a tensor (Adafactor, Muon, LAMB, block-wise 8-bit states).
     """
-    device = optimizer.param_groups[0]["params"][0].device
+    own = {id(stack): stack for stack in stacks}
+    tried: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        held = [own[id(p)] for p in group["params"] if id(p) in own]
+        # Groups of one kind are tried once.
+        settings = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr", "initial_lr")}
+        if held and settings not in tried:
+            tried.append(settings)
+            _check_settings(optimizer, group, held[0].device)
+
+
+def _check_settings(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -> None:
     # Matrices and vectors, since some optimizers treat them differently; large and odd enough for 8-bit blocks.
     for shape in ((2, 65, 65), (2, 65)):
         generator = torch.Generator().manual_seed(0)
@@ -58,8 +102,8 @@ def check_elementwise(optimizer: Optimizer) -> None:
         for gradient in gradients:
             gradient[1] *= 100  # members far apart in size show a norm that is taken over both
         try:
-            together = _steps(optimizer, [stack], [[g] for g in gradients])[0]
-            apart = _steps(optimizer, list(stack), [list(g) for g in gradients])
+            together = _steps(optimizer, group, [stack], [[g] for g in gradients])[0]
+            apart = _steps(optimizer, group, list(stack), [list(g) for g in gradients])
         except Exception as error:
             raise ValueError(_refusal(optimizer, f"it cannot update a stack of shape {shape} ({error})")) from error
         if not torch.allclose(together, torch.stack(apart), rtol=1e-5, atol=1e-7):
@@ -67,10 +111,12 @@ def check_elementwise(optimizer: Optimizer) -> None:
             raise ValueError(_refusal(optimizer, reason))
 
 
-def _steps(optimizer: Optimizer, tensors: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
-    """Returns what a fresh optimizer of the same kind and settings makes of some tensors."""
+def _steps(
+    optimizer: Optimizer, group: dict[str, Any], tensors: list[Tensor], gradients: list[list[Tensor]]
+) -> list[Tensor]:
+    """Returns what a fresh optimizer of the same kind, with the settings of a group, makes of some tensors."""
     parameters = [nn.Parameter(t.clone()) for t in tensors]
-    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
     trial.state = defaultdict(dict)

@@ -43,7 +43,6 @@ class Stepping:
         self._trainer = trainer
         self._frozen: FrozenMembers | None = None
         self._decays_before: list[tuple[dict[str, Any], float]] = []
-        self._statistics = ProcessStatistics(trainer)
         # Kept: a walk over all modules takes longer than all else that a step does for its cycle.
         self._base: dict[str, nn.Parameter] = {}
         self._stacks: dict[str, nn.Parameter] = {}
@@ -53,6 +52,7 @@ class Stepping:
     def begin_training(self) -> None:
         """Takes stock of the parameters, which the trainer has prepared by now, and holds no gradient."""
         late_phase = self._trainer.late_phase
+        self._statistics = ProcessStatistics(self._trainer)
         self._base, self._stacks = late_phase.base_parameters(), late_phase.stacks()
         self.drop_held()
 

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import TrainerCallback
 from transformers.utils import is_peft_available
 
-from .config import LatePhaseConfig
+from .config import LatePhaseConfig, resolve_points
 from .weights import find_targets
+from .weights.targets import attached_families
 
 
 def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
@@ -40,13 +42,27 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
             "nn.DataParallel would run one member on all GPUs of this process. Launch one process a GPU with "
             "`accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
-    if trainer.optimizer is not None:
-        raise ValueError(
-            "`optimizers` holds an optimizer that was built before the members existed, so it would not train them. "
-            "Pass `optimizer_cls_and_kwargs`, or choose one by `optim` in TrainingArguments."
-        )
+    if args.max_steps > 0:
+        resolve_points(config, args.max_steps)
+    check_callbacks(trainer.callback_handler.callbacks, config)
     if config.member_assignment == "sample":
         _check_rows(trainer, config)
+
+
+def check_callbacks(callbacks: list[TrainerCallback], config: LatePhaseConfig) -> None:
+    """
+    Refuses callbacks that keep a copy of the model's weights by name, which members change.
+
+    Raises:
+        `ValueError`: Names the callback.
+    """
+    for callback in callbacks:
+        if type(callback).__name__ == "BEMACallback" and attached_families(config):
+            raise ValueError(
+                "TRL's BEMACallback keeps an average of the plain model's weights, which the model has not while it "
+                f"is trained with num_members={config.num_members} and weights={config.weights}. Use ema_decay of "
+                "LatePhaseConfig, or num_members=1 with weights=[]."
+            )
 
 
 def check_adapter(model: nn.Module, config: LatePhaseConfig, args: Any) -> None:
@@ -74,7 +90,7 @@ def check_adapter(model: nn.Module, config: LatePhaseConfig, args: Any) -> None:
             "cannot be restored. Set save_only_model=False."
         )
     saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
-    for target in find_targets(model, config):
+    for target in find_targets(model, config).targets:
         tensor = getattr(model.get_submodule(target.module), target.tensor)
         # PEFT looks up its copies of whole layers by their parameters' names, which members change.
         if tensor.data_ptr() not in saved or ".modules_to_save." in target.key:

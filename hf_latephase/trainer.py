@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 from transformers.utils import logging
 
 from .averaged_view import AveragedView
 from .averaging import AverageSchedule, WeightAverage
+from .callback import LatePhaseCallback
 from .checkpoint import has_state, last_whole_checkpoint
 from .config import LatePhaseConfig, PointsInTraining, resolve_points
 from .cycle import Cycle
 from .ensemble import MemberTable
 from .late_phase import LatePhase
 from .member_evaluation import MemberEvaluation
+from .member_groups import MemberGroups
 from .monitor import MemberMonitor
-from .optimizers import check_elementwise, group_apart, unwrapped
+from .optimizers import check_elementwise, check_trained, group_apart, unwrapped
 from .publishing import Publishing, PublishingMixin
 from .resume import StateKeeper
 from .staging import Staging, keep_only, staging_folder
 from .stepping import Stepping
-from .support import check_adapter, check_supported
+from .support import check_adapter, check_callbacks, check_supported
+from .training_statistics import measure_with
 
 
 logger = logging.get_logger(__name__)
@@ -66,6 +71,7 @@ class LatePhaseMixin(PublishingMixin):
     model_init: Any  # the annotation of Trainer's leaves out that it may be None
     _points: PointsInTraining
     _average_schedule: AverageSchedule
+    _groups: MemberGroups | None = None
 
     def __init__(self, *args: Any, late_phase_config: LatePhaseConfig | None = None, **kwargs: Any) -> None:
         self.late_phase_config = late_phase_config or LatePhaseConfig()
@@ -76,32 +82,85 @@ class LatePhaseMixin(PublishingMixin):
         check_supported(self, self.late_phase_config)
         if self.model_init is None:
             assert self.model is not None
-            self._attach(self.model)
+            self._take(self.model)
         # Before the user's callbacks, which then see the averaged weights once a step is over.
-        self.callback_handler.callbacks.insert(0, _LatePhaseCallback(self))
+        self.callback_handler.callbacks.insert(0, LatePhaseCallback(self))
 
-    # ---- attaching ----
+    # ---- whose model it is ----
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Attaches late-phase weights to every model that `model_init` makes."""
+        """Checks every model that `model_init` makes."""
         model = super().call_model_init(trial)
-        self._attach(model)
+        self._take(model)
         return model
 
-    def _attach(self, model: nn.Module) -> None:
+    def _take(self, model: nn.Module) -> None:
+        """Checks a model, and changes nothing of it."""
         check_adapter(model, self.late_phase_config, self.args)
-        # Weight decay goes by the names and types of the plain model, which parametrizations hide.
-        self._decaying = set(super().get_decay_parameter_names(model))
-        count = getattr(model, "num_parameters", None)
-        self._plain_size: int | None = None if count is None else count(exclude_embeddings=True)
-        self.late_phase = LatePhase(model, self.late_phase_config)
-        self.late_phase.activate(None)
-        self.weight_average = self._new_average()
-        self._averaged_view = AveragedView(self)
-        self._stepping = Stepping(self)
-        self._state_keeper = StateKeeper(self)
-        self._monitor = MemberMonitor(self)
+        self.late_phase = LatePhase(model, self.late_phase_config, attach=False)
+        self.weight_average = None
+        self._averaged_view = AveragedView(self.late_phase, None, None)
         self._member_evaluation = MemberEvaluation(self)
+        self._state_keeper = StateKeeper(self)
+        self._stepping = Stepping(self)
+        self._monitor = MemberMonitor(self)
+
+    def _attach(self) -> None:
+        """Puts the members on the model, unless they are there, and into its optimizer."""
+        if self.late_phase.is_attached:
+            return
+        assert self.model is not None
+        if self.late_phase.model is not self.model:
+            self._take(self.model)
+        check_callbacks(self.callback_handler.callbacks, self.late_phase_config)
+        count = getattr(self.model, "num_parameters", None)
+        self._plain_size: int | None = None if count is None else count(exclude_embeddings=True)
+        # Groups are made on the stock model, whose names, types and shapes they go by.
+        self._decaying = set(super().get_decay_parameter_names(self.model))
+        if self.optimizer is None and not self.is_fsdp_enabled:
+            self.create_optimizer()
+        self.late_phase.attach()
+        if self.optimizer is not None:
+            apart = self.late_phase_config.member_weight_decay is not None
+            optimizer = unwrapped(self.optimizer)
+            self._groups = MemberGroups(optimizer, self.lr_scheduler, self.late_phase, apart)
+            self._check_optimizer(optimizer)
+            # A parent's method may not look whether there is one.
+            self._made_optimizer = self.optimizer
+            vars(self)["create_optimizer"] = self._give_made_optimizer
+        self.weight_average = self._new_average()
+        self._averaged_view = self._new_view()
+        self.late_phase.rest()
+
+    def _give_made_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        self.optimizer = self._made_optimizer
+        return self._made_optimizer
+
+    def _give_back(self, interrupted: bool) -> None:
+        """Makes the model the stock model that is evaluated and saved."""
+        vars(self).pop("create_optimizer", None)
+        if not self.late_phase.is_attached:
+            return
+        self._stepping.drop_held()
+        self._state_keeper.forget()
+        self.late_phase.rest()
+        try:
+            self._averaged_view.settle(measures=not interrupted)
+        finally:
+            if not self.is_fsdp_enabled:  # its shards are those of the attached model
+                if self._groups is not None:
+                    self._groups.leave()
+                self._groups = None
+                model = self.late_phase.detach()
+                if isinstance(self.model_wrapped, DistributedDataParallel):
+                    self.model_wrapped = model  # the wrapper knows the attached model's shapes
+
+    def _new_view(self) -> AveragedView:
+        measured = self.late_phase_config.batch_norm_statistics != "running" and self.train_dataset is not None
+        measure = functools.partial(measure_with, self) if measured else None
+        view = AveragedView(self.late_phase, self.weight_average, measure)
+        self.late_phase.view = view.applied
+        return view
 
     def _new_average(self) -> WeightAverage | None:
         config = self.late_phase_config
@@ -111,23 +170,33 @@ class LatePhaseMixin(PublishingMixin):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names the parameters that decay: those of the plain model, replicated or not. Rank-1 factors never do."""
+        if not self.late_phase.is_attached:
+            return super().get_decay_parameter_names(model)
         plain = {name: self.late_phase.plain_name(name) for name, _ in model.named_parameters()}
         return [name for name, plain_name in plain.items() if plain_name in self._decaying]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Creates the parent's optimizer and refuses one that would mix the members."""
+        """Creates the parent's optimizer: on the stock model, but for FSDP's, which is attached by then."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.late_phase.num_members > 1:
-            check_elementwise(unwrapped(optimizer))
-        if self.late_phase_config.member_weight_decay is not None:
-            group_apart(unwrapped(optimizer), self.late_phase.stacks().values())
+        if self.late_phase.is_attached:
+            if self.late_phase_config.member_weight_decay is not None:
+                group_apart(unwrapped(optimizer), self.late_phase.stacks().values())
+            self._check_optimizer(unwrapped(optimizer))
         return optimizer
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.late_phase.num_members > 1:
+            check_elementwise(optimizer, self.late_phase.stacks().values())
 
     # ---- the cycle ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         Runs the parent's training. `resume_from_checkpoint=True` takes the last whole checkpoint in `output_dir`.
+
+        Members are in the model while this runs. However it ends, the model is then the stock model that `evaluate()`
+        scores and `save_model()` writes: the same object, averaged. (With FSDP2 it stays sharded and attached, and
+        computes with the average.)
 
         Raises:
             `FileNotFoundError`, `ValueError`: If training cannot go on from the checkpoint; nothing is changed then.
@@ -136,10 +205,21 @@ class LatePhaseMixin(PublishingMixin):
         self._state_keeper.forget()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint and self.model_init is None:
-            self._state_keeper.check(str(resume_from_checkpoint))
-        self._staging.clear(self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        interrupted = True
+        try:
+            if resume_from_checkpoint and self.model_init is None:
+                with self.late_phase.attached():
+                    self._state_keeper.check(str(resume_from_checkpoint))
+            self._staging.clear(self.args.output_dir)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            interrupted = False
+        finally:
+            self._give_back(interrupted)
+        return output
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._attach()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _begin_training(self) -> None:
         """Resolves the points in training and refuses those that lie outside of it, before the first step."""
@@ -149,8 +229,11 @@ class LatePhaseMixin(PublishingMixin):
         self._average_schedule = AverageSchedule(self._points, self.state.global_step)
         self._monitor.reset()
         self._averaged_view.forget()
+        check_trained(unwrapped(self.optimizer), self.late_phase.stacks())
         if not self._state_keeper.resume():
+            # Training begins anew, after one that ran out of memory or with a sharded model that stayed attached.
             self.weight_average = self._new_average()
+            self._averaged_view = self._new_view()
             if self.late_phase.released:
                 self._stepping.rejoin()
 
@@ -186,14 +269,14 @@ class LatePhaseMixin(PublishingMixin):
         return grad_norm if grad_norm is not None else self._stepping.norm_and_clip(model, float("inf"))
 
     def _end_step(self) -> None:
-        self.late_phase.activate(None)
+        self.late_phase.rest()
         if self.weight_average is not None and not self._stepping.cycle_is_open:
             self._average_schedule.sample(self.weight_average, self.state.global_step)
 
     def _end_training(self) -> None:
         self._stepping.drop_held()
         self._state_keeper.forget()
-        self.late_phase.activate(None)
+        self.late_phase.rest()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the phase, the members' losses and distance, and the gradient norms to Trainer's training logs."""
@@ -219,7 +302,10 @@ class LatePhaseMixin(PublishingMixin):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the parent's loop with the averaged weights, or what `evaluate_members` looks at."""
-        with self._averaged_view.applied(), self.late_phase.averaged():
+        if self.is_fsdp_enabled:
+            self._attach()  # the parent is about to shard the model
+        members = self.late_phase.averaged() if self.late_phase.is_attached else contextlib.nullcontext()
+        with self._averaged_view.applied(), members:
             self._member_evaluation.select_member()
             return super().evaluation_loop(*args, **kwargs)
 
@@ -296,6 +382,7 @@ class LatePhaseMixin(PublishingMixin):
         self._state_keeper.save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._attach()
         saved = self._state_keeper.read(resume_from_checkpoint)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -336,31 +423,3 @@ class LatePhaseTrainer(LatePhaseMixin, Trainer):
     trainer.save_model("out")  # AutoModelForCausalLM.from_pretrained("out") needs no hf_latephase
     ```
     """
-
-
-class _LatePhaseCallback(TrainerCallback):
-    """Tells the trainer of the points in Trainer's loop that no method of it marks."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._begin_training()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._begin_step()
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._stepping.before_optimizer()
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._stepping.after_optimizer()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._end_step()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._end_training()
-
-    def on_push_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._publishing.begin()

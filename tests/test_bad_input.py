@@ -58,7 +58,6 @@ def named(**cases: Any) -> Any:
     unknown_family=({"weights": ["lora"]}, r"weights names unknown families \['lora'\]: choose from .*rank1"),
     one_unknown_family=({"weights": ["norm", "Rank1"]}, r"unknown families \['Rank1'\]: choose from .*rank1"),
     no_weights=({"weights": []}, r"weights must be a list with at least one of .*rank1.*got \[\]"),
-    weights_none=({"weights": None}, "weights must be a list with at least one of .*rank1.*got None"),
     weights_as_text=({"weights": "rank1"}, "weights must be a list.*got 'rank1'.*list of one"),
     family_twice=({"weights": ["norm", "norm"]}, "weights names a family twice.*Name each once"),
     full_with_others=({"weights": ["full", "norm"]}, "'full'.*stands alone.*Drop"),
@@ -213,7 +212,6 @@ def test_calls(case: tuple[Callable[[LatePhase], Any], type, str]) -> None:
                          "per_device_train_batch_size=4 cannot be shared equally by num_members=3.*Choose a batch"),
     short_last_batch=({"member_assignment": "sample", "num_members": 4}, {"rows": 18},
                       "the last batch of an epoch has 2 of 4 rows.*Set dataloader_drop_last=True"),
-    own_optimizer=({}, {"own_optimizer": True}, "`optimizers` holds an optimizer.*Pass `optimizer_cls_and_kwargs`"),
     bad_target=({"target_modules": ["c_atn"]}, {}, "'c_atn' matches no module.*nearest"),
     tied_head=({"weights": ["head"]}, {}, "is tied to.*Untie"),
 )  # fmt: skip
@@ -221,8 +219,6 @@ def test_trainer(case: tuple[dict[str, Any], dict[str, Any], str], tmp_path: Pat
     values, arguments, message = case
     model = gpt2()
     snapshot = Snapshot(model)
-    if arguments.pop("own_optimizer", False):
-        arguments["extra"] = {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, model, LatePhaseConfig(**{"num_members": 2, **values}), **arguments)
     snapshot.assert_unchanged()
@@ -248,7 +244,13 @@ def test_a_dropped_last_batch_may_be_short(tmp_path: Path) -> None:
 def test_points_outside_of_training(case: tuple[dict[str, Any], str], tmp_path: Path) -> None:
     values, message = case
     config = LatePhaseConfig(num_members=2, weights=["rank1", "norm"], **values)
-    run = trainer(tmp_path, gpt2(), config)
+    model = gpt2()
+    snapshot = Snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model, config)
+    snapshot.assert_unchanged()
+    # With epochs their number is known once training is about to begin.
+    run = trainer(tmp_path, model, config, max_steps=-1, num_train_epochs=1, rows=40)
     assert_refuses_to_train(run, message)
 
 
@@ -441,7 +443,7 @@ def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: s
 
     state = Stub(fsdp_plugin=Stub(fsdp_version=backend.get("fsdp_version", 2)))
     fake = Stub(
-        args=Stub(n_gpu=backend.get("n_gpu", 1)), optimizer=None, accelerator=Stub(state=state),
+        args=Stub(n_gpu=backend.get("n_gpu", 1), max_steps=-1), callback_handler=Stub(callbacks=[]), accelerator=Stub(state=state),
         is_deepspeed_enabled=backend.get("is_deepspeed_enabled", False),
         is_fsdp_enabled=backend.get("is_fsdp_enabled", False),
     )  # fmt: skip

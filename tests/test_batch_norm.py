@@ -308,7 +308,7 @@ def test_measuring_without_minibatches_or_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="no minibatches"):
         measure_statistics(late_phase, list, lambda m: None)
     with pytest.raises(ValueError, match="No BatchNorm layer"):
-        measure_statistics(LatePhase(network(), config(weights=["head"])), minibatches, lambda m: None)
+        measure_statistics(LatePhase(torch.nn.Linear(2, 2), config(weights=["head"])), minibatches, lambda m: None)
 
 
 # ---- trainers ----

@@ -230,9 +230,12 @@ def test_lora_best_model(tmp_path) -> None:
 
 def test_late_phase_weights_outside_the_adapter_are_refused(tmp_path) -> None:
     """An adapter's file has no room for the base model's norms: their average would be lost on saving."""
-    for weights, targets in ((["rank1"], None), (["rank1"], ["q_proj.base_layer"])):
-        with pytest.raises(ValueError, match="adapter"):
-            trainer(tmp_path, lora(), config(weights=weights, target_modules=targets))
+    with pytest.raises(ValueError, match="adapter"):
+        trainer(tmp_path, lora(), config(weights=["rank1"], target_modules=["q_proj.base_layer"]))
+    # By default frozen layers are left alone, so that the adapter's own remain.
+    run = trainer(tmp_path, lora(), config(weights=["rank1"]))
+    assert {target.module.rpartition(".lora_")[2] for target in run.late_phase.targets} == {"A.default", "B.default"}
+    assert "left out, as they are frozen" in run.late_phase.summary()
 
 
 def test_frozen_norms_under_an_adapter_are_refused(tmp_path) -> None:

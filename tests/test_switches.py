@@ -272,6 +272,7 @@ def test_explained_graph_breaks(tmp_path) -> None:
     for late in (None, config()):
         run = trainer(tmp_path, gpt2(), late)
         if late is not None:
+            run.late_phase.attach()
             run.late_phase.activate(1)
         torch._dynamo.reset()
         explained = torch._dynamo.explain(run.model)(input_ids=ids, labels=ids)
@@ -331,6 +332,7 @@ def _explicit(
     """Algorithm 1's gradients of one cycle, computed by hand: member k on minibatch k, base gradients summed."""
     torch.manual_seed(0)
     run = LatePhaseTrainer(model=model, args=trainer("unused", gpt2(), None).args, late_phase_config=late)
+    run.late_phase.attach()
     run.late_phase.release()
     run.model.train()
     for k, batch in enumerate(batches):

@@ -87,8 +87,17 @@ def test_decay_goes_by_the_plain_names(tmp_path) -> None:
     model = gpt2()
     plain = set(Trainer.get_decay_parameter_names(trainer(tmp_path, model, None), model))
     plain &= {name for name, _ in model.named_parameters()}  # tied weights once
-    run = trainer(tmp_path, model, LatePhaseConfig(num_members=2, weights=["rank1", "norm"]))
-    decaying = run.get_decay_parameter_names(run.model)
+    decaying: set[str] = set()
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+            names = {id(p): name for name, p in model.named_parameters()}
+            for group in optimizer.param_groups:
+                decaying.update(names[id(p)] for p in group["params"] if group["weight_decay"] == 0.1)
+
+    config = LatePhaseConfig(num_members=2, weights=["rank1", "norm"], late_phase_start=0)
+    run = trainer(tmp_path, model, config, weight_decay=0.1, max_steps=1, extra={"callbacks": [Watch()]})
+    run.train()
     assert {run.late_phase.plain_name(name) for name in decaying} == plain
     assert any("ln_1" in name for name, _ in model.named_parameters())
     assert not any("ln_" in name or name.endswith(("left", "right")) for name in decaying)
@@ -100,6 +109,7 @@ def test_decay_goes_by_the_plain_names(tmp_path) -> None:
 def test_release_adds_noise_relative_to_the_rms(tmp_path) -> None:
     config = LatePhaseConfig(num_members=400, weights=["head"], init_noise=0.5)
     run = trainer(tmp_path, MODELS["llama"](), config)
+    run.late_phase.attach()
     (stack,) = run.late_phase.stacks().values()
     shared = stack[0].detach().clone()
     run.late_phase.release(torch.Generator().manual_seed(3))
@@ -107,6 +117,7 @@ def test_release_adds_noise_relative_to_the_rms(tmp_path) -> None:
     assert noise.std().item() == pytest.approx(0.5, rel=0.01)
     assert noise.mean().item() == pytest.approx(0.0, abs=0.005)
     again = trainer(tmp_path, MODELS["llama"](), config)
+    again.late_phase.attach()
     (other,) = again.late_phase.stacks().values()
     with torch.no_grad():
         other[0] = shared
@@ -150,8 +161,9 @@ def test_one_member_average_is_torchs(tmp_path, kind: str) -> None:
     plain.train()
     run = trainer(tmp_path, model, LatePhaseConfig(num_members=1, weights=["norm"], **settings))
     run.train()
-    assert_same(weights_of(plain.model), run.late_phase.averaged_state_dict())
+    assert_same(weights_of(plain.model), weights_of(run.averaged_model(time_averaged=False)))
     assert_same(weights_of(expected.module), weights_of(run.averaged_model()))
+    assert_same(weights_of(expected.module), weights_of(model))
     # Evaluated and saved, too.
     expected_loss = trainer(tmp_path, expected.module, None).evaluate()["eval_loss"]
     assert run.evaluate()["eval_loss"] == expected_loss
@@ -171,8 +183,12 @@ def test_swa_averages_base_and_members_once_a_cycle(tmp_path) -> None:
     run = trainer(tmp_path, gpt2(), config, max_steps=15, extra={"callbacks": [Watch()]})
     run.train()
     assert len(seen) == run.weight_average.num_averaged == 4
-    for name, value in run.weight_average.values.items():
+    stacks = run.late_phase.stacks()
+    assert any(name.endswith("left") for name in stacks) and any("ln_f" in name for name in stacks)
+    for name, value in stacks.items():
         assert torch.allclose(value, torch.stack([s[name] for s in seen]).mean(0), atol=1e-6), name
+    for name in ("transformer.wte.weight", "transformer.h.0.attn.c_attn.bias"):
+        assert torch.allclose(run.model.state_dict()[name], torch.stack([s[name] for s in seen]).mean(0), atol=1e-6)
 
 
 def test_ema_counts_training_steps_and_restarts_members_at_t0(tmp_path) -> None:
@@ -180,7 +196,7 @@ def test_ema_counts_training_steps_and_restarts_members_at_t0(tmp_path) -> None:
     run = trainer(tmp_path, gpt2(), config, max_steps=10)
     run.train()
     assert run.weight_average.num_averaged == 4 + 2
-    stack = run.weight_average.values["transformer.ln_f.parametrizations.weight.original"]
+    stack = run.late_phase.stacks()["transformer.ln_f.parametrizations.weight.original"]
     # All members averaged over the same history, none over its idle one.
     assert (stack[1] - 1).abs().max() > 0.2 * (stack[0] - 1).abs().max()
     assert not torch.equal(stack[0], stack[1])
@@ -204,15 +220,23 @@ def test_evaluate_is_the_averaged_model_and_leaves_training_alone(tmp_path) -> N
 
 
 def test_outside_of_a_step_the_model_is_the_average(tmp_path) -> None:
-    config = LatePhaseConfig(num_members=3, weights=["norm"], late_phase_start=0)
-    run = trainer(tmp_path, gpt2(), config, max_steps=6)
-    run.train()
     ids = Text(2).ids
-    run.model.eval()
-    with torch.no_grad():
-        assert torch.equal(run.model(ids).logits, run.averaged_model()(ids).logits)
-        run.late_phase.activate(0)
-        assert not torch.equal(run.model(ids).logits, run.averaged_model()(ids).logits)
+    steps: list[int] = []
+
+    class Look(TrainerCallback):
+        @torch.no_grad()
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            steps.append(state.global_step)
+            expected = run.averaged_model()(ids).logits
+            assert torch.equal(model(ids).logits, expected)
+            if state.global_step >= 3:
+                run.late_phase.activate(0)
+                assert not torch.equal(model(ids).logits, expected)
+
+    config = LatePhaseConfig(num_members=3, weights=["norm"], late_phase_start=0)
+    run = trainer(tmp_path, gpt2(), config, max_steps=6, extra={"callbacks": [Look()]})
+    run.train()
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_evaluate_members_before_T0(tmp_path) -> None:
@@ -237,7 +261,7 @@ def test_evaluate_members(tmp_path) -> None:
     labels = ids[:, 1:].flatten()
     probabilities = []
     run.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), run.late_phase.attached():
         for k in range(3):
             run.late_phase.activate(k)
             logits = run.model(ids).logits[:, :-1].flatten(0, 1)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from . import batch_norm, hypernet, rank1
+from .guard import guarded
 from .members import Members, members_of, plain_forward
 from .recurrent import RECURRENT_LAYERS, restore_cached_weights, use_effective_weights
 from .recurrent import sample_forward as recurrent_sample_forward
@@ -45,11 +46,13 @@ class Attachment:
 
     Attributes:
         target (`Target`): The tensor.
+        plain (`torch.Tensor`): The stock model's own parameter or buffer, which it gets back.
         order (`list[str]`): The names of the module's parameters and buffers before it was parametrized.
         stacks (`list[str]`): Which of the parametrized tensors are stacked `[K, ...]`, as named below `prefix`.
     """
 
     target: Target
+    plain: Tensor
     order: list[str]
     stacks: list[str]
 
@@ -60,27 +63,38 @@ class Attachment:
         return f"{module}{PARAMETRIZATIONS}{self.target.tensor}."
 
 
+def parametrizations_of(model: nn.Module, targets: list[Target], members: Members) -> dict[str, nn.Module]:
+    """Returns a new parametrization for each target by its key, on the device of the target; nothing is changed."""
+    groups = {key: group for group in _template_groups(model, targets) for key in group}
+    made: dict[str, nn.Module] = {}
+    for target in targets:
+        module = model.get_submodule(target.module)
+        tensor, family = getattr(module, target.tensor), family_module(target.family, module)
+        if family is hypernet:
+            group = groups[target.key]
+            made[target.key] = hypernet.Hypernet(members, group.index(target.key), len(group), tensor)
+        else:
+            made[target.key] = family.parametrization(members, tensor)
+    return made
+
+
 def attach(model: nn.Module, targets: list[Target], members: Members, by_sample: bool) -> list[Attachment]:
     """Makes each target a late-phase weight; `by_sample` adds the layers' calls for dealt rows."""
     attachments: list[Attachment] = []
     orders: dict[str, list[str]] = {}
     templates = _template_groups(model, targets)
-    groups = {key: group for group in templates for key in group}
+    made = parametrizations_of(model, targets, members)
     for target in targets:
         module = model.get_submodule(target.module)
-        tensor = getattr(module, target.tensor)
+        tensor, parametrization = getattr(module, target.tensor), made[target.key]
         order = orders.setdefault(target.module, [*module._parameters, *module._buffers])
         family = family_module(target.family, module)
-        if family is hypernet:
-            group = groups[target.key]
-            parametrization: Any = hypernet.Hypernet(members, group.index(target.key), len(group), tensor)
-        else:
-            parametrization = family.parametrization(members, tensor)
         # unsafe: our shapes are right by construction, and the check would evaluate every layer once.
         parametrize.register_parametrization(module, target.tensor, parametrization, unsafe=True)
         _read_directly(module, target.tensor)
+        _load_plain_values(module)
         own = [f"0.{name}" for name, _ in parametrization.named_parameters()]
-        attachments.append(Attachment(target, order, own or ["original"]))
+        attachments.append(Attachment(target, tensor, order, own or ["original"]))
         if hasattr(family, "member_forward"):
             type(module).forward = family.member_forward
             continue
@@ -93,7 +107,10 @@ def attach(model: nn.Module, targets: list[Target], members: Members, by_sample:
             recurrent = isinstance(module, RECURRENT_LAYERS)
             _deal_rows(module, forward, recurrent_sample_forward if recurrent else family.sample_forward)
     for group in templates:
-        hypernet.share_templates([_parametrized(model, target) for target in targets if target.key in group])
+        layers = [attachment for attachment in attachments if attachment.target.key in group]
+        shared = hypernet.share_templates([_parametrized(model, layer.target) for layer in layers])
+        for position, layer in enumerate(layers):
+            layer.plain.data = shared.data[position]  # a view: its own memory is free
     return attachments
 
 
@@ -131,13 +148,60 @@ def write(model: nn.Module, attachments: list[Attachment], values: dict[str, Ten
             parametrized[0].write(tensors, value.to(tensors["original"]))
 
 
-def detach(model: nn.Module, attachments: list[Attachment], values: dict[str, Tensor]) -> None:
+@torch.no_grad()
+def keep(model: nn.Module, attachments: list[Attachment]) -> dict[str, Tensor]:
+    """Returns, by name and without copying, what brings the members back once they are detached; see `restore`."""
+    kept: dict[str, Tensor] = {}
+    for attachment in attachments:
+        parametrized = _parametrized(model, attachment.target)
+        # Templates cannot be had from the weights that they make.
+        names = ["original", *attachment.stacks] if attachment.target.family == "hypernet" else attachment.stacks
+        own = parametrized.state_dict()
+        kept |= {attachment.prefix + name: own[name].detach() for name in dict.fromkeys(names)}
+        measured = getattr(parametrized[0], "measured", None)
+        if measured is not None and measured.shape == parametrized.original.shape:
+            kept[f"{attachment.prefix}original"] = measured
+    return kept
+
+
+@torch.no_grad()
+def restore(model: nn.Module, attachments: list[Attachment], kept: dict[str, Tensor]) -> None:
+    """
+    Puts members that were kept back on a model that holds their average.
+
+    The weights below rank-1 factors are not kept. There each member's factors are taken relative to their average,
+    which is in the weight.
+
+    Raises:
+        `ValueError`: If a weight has another shape than its members.
+    """
+    for attachment in attachments:
+        tensors = _parametrized(model, attachment.target).state_dict()
+        for name, tensor in tensors.items():
+            value = kept.get(attachment.prefix + name)
+            if value is None:
+                continue
+            if value.shape != tensor.shape:
+                raise ValueError(
+                    f"{attachment.target.key!r} has another shape than the members that were trained: the model was "
+                    "changed since. Look at members before you change it."
+                )
+            if attachment.target.family == "rank1":
+                average = value.double().mean(0)
+                value = torch.where(average == 0, 1.0, value.double() / average)
+            tensor.copy_(value)
+
+
+def detach(model: nn.Module, attachments: list[Attachment], values: dict[str, Tensor], copied: bool = False) -> None:
     """
     Restores the plain modules in place, each target holding the value given under its plain key.
 
-    The class, the order and (but for templates that layers share) the identity of the parameters are those from
-    before `attach`. `parametrize`'s own removal is not used: it deletes from a class that a deep copy of the model
-    shares.
+    The class, the order and the identity of parameters and buffers are those from before `attach`. `parametrize`'s own
+    removal is not used: it deletes from a class that a deep copy of the model shares.
+
+    Args:
+        copied (`bool`, defaults to `False`):
+            Whether `model` is a deep copy of the one that was attached to, and so has parameters of its own.
     """
     for module_name in dict.fromkeys(attachment.target.module for attachment in attachments):
         module = model.get_submodule(module_name)
@@ -147,16 +211,16 @@ def detach(model: nn.Module, attachments: list[Attachment], values: dict[str, Te
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
         for attachment in own:
-            tensor, value = attachment.target.tensor, values[attachment.target.key]
-            parameter = originals[tensor]
-            if not isinstance(parameter, nn.Parameter):
-                module.register_buffer(tensor, value)
-                continue
-            if attachment.target.family == "hypernet":
-                parameter = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            parameter.data = value
-            parameter.grad = None
-            module.register_parameter(tensor, parameter)
+            name, value = attachment.target.tensor, values[attachment.target.key]
+            tensor = originals[name] if copied else attachment.plain
+            if copied and attachment.target.family == "hypernet":  # the templates that layers share
+                tensor = nn.Parameter(value, requires_grad=tensor.requires_grad)
+            tensor.data = value
+            tensor.grad = None
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(name, tensor)
+            else:
+                module.register_buffer(name, tensor)
         held: Any
         for held in (module._parameters, module._buffers):
             for name in own[0].order:
@@ -181,9 +245,28 @@ def _read_directly(module: nn.Module, tensor_name: str) -> None:
         if len(own._modules) > 1:  # someone has put another parametrization on top
             return parametrized.fget(self)
         original = own._parameters.get("original")
-        return own._modules["0"].forward(own._buffers["original"] if original is None else original)
+        parametrization = own._modules["0"]
+        value = parametrization.forward(own._buffers["original"] if original is None else original)
+        return guarded(value) if parametrization.members.at_rest else value
 
     setattr(type(module), tensor_name, property(read, parametrized.fset))
+
+
+def _load_plain_values(module: nn.Module) -> None:
+    """Has the class that `parametrize` made for this one module load the plain model's tensors, too."""
+
+    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        lists: Any = self._modules["parametrizations"]._modules  # type: ignore[union-attr]
+        for name, parametrized in lists.items():
+            value = state_dict.pop(f"{prefix}{name}", None)
+            if value is not None:
+                tensors = {key: tensor.detach().clone() for key, tensor in parametrized.state_dict().items()}
+                parametrized[0].write(tensors, value.to(tensors["original"]))
+                state_dict |= {f"{prefix}{PARAMETRIZATIONS}{name}.{key}": t for key, t in tensors.items()}
+        plain_class: Any = type(self).__bases__[0]
+        plain_class._load_from_state_dict(self, state_dict, prefix, *args)
+
+    type(module)._load_from_state_dict = load  # type: ignore[assignment, method-assign]
 
 
 def _parametrized(model: nn.Module, target: Target) -> Any:

@@ -92,11 +92,12 @@ def groups(weights: dict[str, tuple[nn.Module, Tensor]]) -> list[list[str]]:
     return list(alike.values())
 
 
-def share_templates(parametrized: list[Any]) -> None:
-    """Stacks the weights of a group as its templates and makes all its layers (`ParametrizationList`) hold those."""
+def share_templates(parametrized: list[Any]) -> nn.Parameter:
+    """Stacks the weights of a group as its templates, makes all its layers hold those, and returns them."""
     templates = nn.Parameter(torch.stack([layer.original.detach() for layer in parametrized]))
     for layer in parametrized:
         layer.original = templates
+    return templates
 
 
 def sample_forward(module: nn.Module, rows: Tensor, *args: Any, **kwargs: Any) -> Any:

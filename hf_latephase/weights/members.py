@@ -28,12 +28,15 @@ class Members:
         # Before T0 only member 0 lives.
         self.released = False
         self.indices = torch.arange(num_members)
+        # Between two steps, when user code may reach for a weight and must not write into a computed one.
+        self.at_rest = False
         # The active member twice: a number for views, a tensor where a number would make a graph of its own for each.
         self.member: int | None = 0
         self.index = self.indices[:1]
 
     def activate(self, member: int | None) -> None:
         """Selects the member that later passes use; `None` selects the average. Launches no kernel."""
+        self.at_rest = False
         if member is None:
             self.mode = "average"
         elif 0 <= member < self.num_members:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections import defaultdict
@@ -24,6 +25,10 @@ FAMILY_MODULES: dict[str, ModuleType] = {
     "hypernet": hypernet,
     "full": replicated,
 }
+
+
+# They multiply or mix the model's weights; the others copy them.
+ADDING_FAMILIES = ("rank1", "hypernet")
 
 
 def family_module(family: str, module: nn.Module) -> ModuleType:
@@ -58,29 +63,54 @@ class Target:
         return f"{self.module}.{self.tensor}" if self.module else self.tensor
 
 
-def find_targets(model: nn.Module, config: LatePhaseConfig) -> list[Target]:
+@dataclass(frozen=True)
+class Found:
+    """
+    What a config makes of a model.
+
+    Attributes:
+        targets (`list[Target]`): The tensors that become late-phase weights.
+        frozen (`list[Target]`): Those that a default would have chosen, had they not `requires_grad=False`.
+    """
+
+    targets: list[Target]
+    frozen: list[Target]
+
+
+def find_targets(model: nn.Module, config: LatePhaseConfig) -> Found:
     """
     Finds the tensors that a config makes late-phase weights, and refuses what cannot work, changing nothing.
+
+    With one member nothing is replicated: only rank-1 factors and embeddings, which the stock model has not, are put
+    on it. Frozen weights are left alone unless `target_modules` names their layers.
 
     Raises:
         `ValueError`: If a family finds no layer, a pattern matches nothing, a target is tied, frozen or already
             parametrized; the message names the cause and the remedy.
     """
+    families = attached_families(config)
     modules = dict(model.named_modules())
+    if config.batch_norm_statistics != "running" and not tracking_layers(model):
+        raise ValueError(
+            f"batch_norm_statistics={config.batch_norm_statistics!r}: the model has no BatchNorm layer that tracks "
+            "statistics. Keep 'running'."
+        )
+    if not families:
+        return Found([], [])
     tied = _tied_keys(model)
     output_layer = find_output_layer(model)
     patterns = _patterns(config)
-    for family in config.weights:
+    for family in families:
         _refuse_parametrized(family, modules, patterns, config.exclude_modules or [], output_layer)
     candidates = {
-        family: _drop_excluded(_candidates(family, modules, output_layer), config, modules)
-        for family in config.weights
+        family: _drop_excluded(_candidates(family, modules, output_layer), config, modules) for family in families
     }
     unmatched = [p for p in patterns if not any(_matches(p, name) for names in candidates.values() for name in names)]
     if unmatched:
         _refuse_pattern("target_modules", unmatched[0], candidates, modules)
 
     targets: list[Target] = []
+    frozen: list[Target] = []
     for family, names in candidates.items():
         chosen = _choose(family, names, patterns, output_layer)
         found = [
@@ -89,14 +119,31 @@ def find_targets(model: nn.Module, config: LatePhaseConfig) -> list[Target]:
             for tensor in family_module(family, modules[name]).eligible(modules[name])
         ]
         usable = _usable(family, found, modules, tied, explicit=bool(patterns))
+        taken = {target.key for target in usable}
+        frozen.extend(target for target in found if _is_frozen(target, modules) and target.key not in taken)
         targets.extend(_drop_single(usable, modules) if family == "hypernet" else usable)
     _refuse_overlap(targets)
-    if config.batch_norm_statistics != "running" and not any(t.tensor == "running_mean" for t in targets):
+    if (
+        config.num_members > 1
+        and config.batch_norm_statistics != "running"
+        and not any(t.tensor == "running_mean" for t in targets)
+    ):
         raise ValueError(
             f"batch_norm_statistics={config.batch_norm_statistics!r}: no BatchNorm layer that tracks statistics "
             "becomes a late-phase weight. Keep 'running', or check target_modules and exclude_modules."
         )
-    return targets
+    return Found(targets, frozen)
+
+
+def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Returns the BatchNorm layers that keep running statistics, by name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: layer for name, layer in layers.items() if layer.running_mean is not None}
+
+
+def attached_families(config: LatePhaseConfig) -> list[str]:
+    """Names the families that put anything on a model: with one member, those that add parameters."""
+    return [family for family in config.weights if config.num_members > 1 or family in ADDING_FAMILIES]
 
 
 def find_output_layer(model: nn.Module) -> str | None:
@@ -200,7 +247,6 @@ def _usable(
     usable = []
     reasons = []
     for target in found:
-        module = modules[target.module]
         if target.key in tied:
             reason = f"{target.key!r} is tied to {[k for k in tied[target.key] if k != target.key]}"
             asked_for = target.rule.startswith("target_modules") or family == "head"
@@ -211,10 +257,13 @@ def _usable(
                     f"{'weights' if not explicit else 'target_modules'}."
                 )
             reasons.append(reason)
-        elif family != "rank1" and _is_frozen(module, target.tensor):
-            reasons.append(f"{target.key!r} is frozen (requires_grad=False)")
-        else:
+        elif not _is_frozen(target, modules):
             usable.append(target)
+        elif family in ADDING_FAMILIES and target.rule.startswith("target_modules"):
+            # The factors are trained, the weight below them is not.
+            usable.append(dataclasses.replace(target, rule=f"{target.rule}, frozen but for what is added"))
+        else:
+            reasons.append(f"{target.key!r} is frozen (requires_grad=False)")
     if not usable:
         raise ValueError(
             f"weights={family!r}: no tensor can be replicated: {reasons[0]}. Change that, or choose "
@@ -225,9 +274,10 @@ def _usable(
     return usable
 
 
-def _is_frozen(module: nn.Module, tensor: str) -> bool:
+def _is_frozen(target: Target, modules: dict[str, nn.Module]) -> bool:
+    module = modules[target.module]
     # The tensors of a BatchNorm layer belong together: it is eligible if one of them is trained.
-    return not isinstance(module, _BatchNorm) and not getattr(module, tensor).requires_grad
+    return not isinstance(module, _BatchNorm) and not getattr(module, target.tensor).requires_grad
 
 
 def _drop_single(found: list[Target], modules: dict[str, nn.Module]) -> list[Target]:
