@@ -42,7 +42,7 @@ class MemberGroups:
     def __init__(self, optimizer: Optimizer, scheduler: Any, late_phase: LatePhase, apart: bool = False) -> None:
         groups = optimizer.param_groups
         places = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-        own = dict(late_phase.model.named_parameters())
+        own = dict(late_phase.model.named_parameters(remove_duplicate=False))  # layers share templates
         added: dict[int, dict[str, nn.Parameter]] = {}
         self._stacks: list[nn.Parameter] = []
         self._templates: dict[nn.Parameter, list[nn.Parameter]] = {}

@@ -90,7 +90,9 @@ def test_decay_goes_by_the_plain_names(tmp_path) -> None:
     decaying: set[str] = set()
 
     class Watch(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
+        ) -> None:
             names = {id(p): name for name, p in model.named_parameters()}
             for group in optimizer.param_groups:
                 decaying.update(names[id(p)] for p in group["params"] if group["weight_decay"] == 0.1)

@@ -927,16 +927,17 @@ def test_optimizer_cls_and_kwargs(make: Kind) -> None:
 
 
 def test_a_built_optimizer(make: Kind) -> None:
-    """LatePhaseTrainer refuses it: it was built before the members existed and would not train them."""
+    """It trains the members too: a stack is the parameter that it holds."""
     model = gpt2()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    if make.num_members is None:
-        run = make(model=model, optimizers=(optimizer, None), max_steps=2)
-        run.train()
-        assert run.optimizer.optimizer is optimizer
-    else:
-        with pytest.raises(ValueError, match="optimizer_cls_and_kwargs"):
-            make(model=model, optimizers=(optimizer, None), max_steps=2)
+    run = make(model=model, optimizers=(optimizer, None), max_steps=6)
+    before = stock_weights(run)
+    run.train()
+    assert run.optimizer.optimizer is optimizer
+    moved = {key for key, value in stock_weights(run).items() if not torch.equal(value, before[key])}
+    assert {"transformer.ln_f.weight", "transformer.wte.weight"} <= moved
+    # And it is the user's again.
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
 
 
 def test_create_optimizer_override(make: Kind) -> None:

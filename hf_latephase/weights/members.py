@@ -83,6 +83,8 @@ class Members:
         first = stack[0]
         if not self.released or self.num_members == 1:
             return first
+        if not stack.is_floating_point():  # minibatches tracked
+            return stack.amax(0)
         return first + (stack - first).mean(0)
 
     def deal(self, rows: Tensor) -> Tensor:
