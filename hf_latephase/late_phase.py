@@ -360,7 +360,10 @@ class LatePhase:
 
     def _averaged_targets(self) -> dict[str, Tensor]:
         averaged = self.averaged_state_dict()
-        return {target.key: averaged[target.key].detach().clone() for target in self.targets}
+        values = {target.key: averaged[target.key].detach() for target in self.targets}
+        # Not what is still the members' own memory: before T0 the average is a row of the stack.
+        own = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
+        return {k: v.clone() if v.untyped_storage().data_ptr() in own else v for k, v in values.items()}
 
     def _set_members(
         self, stack: Tensor, shared: Tensor, generator: torch.Generator | None, noise: bool = True

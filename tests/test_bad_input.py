@@ -443,7 +443,8 @@ def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: s
 
     state = Stub(fsdp_plugin=Stub(fsdp_version=backend.get("fsdp_version", 2)))
     fake = Stub(
-        args=Stub(n_gpu=backend.get("n_gpu", 1), max_steps=-1), callback_handler=Stub(callbacks=[]), accelerator=Stub(state=state),
+        args=Stub(n_gpu=backend.get("n_gpu", 1), max_steps=-1), callback_handler=Stub(callbacks=[]),
+        accelerator=Stub(state=state),
         is_deepspeed_enabled=backend.get("is_deepspeed_enabled", False),
         is_fsdp_enabled=backend.get("is_fsdp_enabled", False),
     )  # fmt: skip

@@ -211,7 +211,7 @@ def test_it_is_what_is_evaluated_and_saved(tmp_path: Path, name: str, stage: str
 @every_config
 @pytest.mark.parametrize("stage", ["after", "exception"])
 def test_references_stay_good(tmp_path: Path, name: str, stage: str) -> None:
-    """Parameters and buffers are the objects that the user holds, in their old order, with their old gradients' flag."""
+    """Parameters and buffers are the objects that the user holds, in their old order."""
     model = stock(name)
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     order = list(model.state_dict())
@@ -259,7 +259,7 @@ def test_a_plain_state_dict_is_loaded(tmp_path: Path, name: str, stage: str, str
         missing, unexpected = model.load_state_dict(given, strict=strict)
         assert not missing and not unexpected
         raw = run.late_phase.averaged_state_dict()
-        assert_same({k: v for k, v in raw.items()}, given)
+        assert_same(raw, given)
         assert_same(given, kept)  # the user's own dictionary
 
     run = at_stage(tmp_path, name, stage, look)

@@ -60,7 +60,7 @@ def test_layer_wise_rates(tmp_path: Path, weights: list[str]) -> None:
     for (names, decay, _), (inside, inside_decay, _) in zip(before, watch.seen, strict=False):
         assert decay == inside_decay
         if "hypernet" not in weights:
-            assert [name for name in names] == [run.late_phase.plain_name(n) for n in inside][: len(names)]
+            assert names == [run.late_phase.plain_name(n) for n in inside][: len(names)]
     added = watch.seen[3:]
     assert all(decay == 0 for _, decay, _ in added)
     if "norm" not in weights:
