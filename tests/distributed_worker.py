@@ -27,7 +27,8 @@ class Traffic(TrainerCallback):
         self.members: list[int] = []
         self.calls = self.bytes = 0
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.numbers = sum(p.numel() for p in model.parameters())
         wrapped = self.trainer.model_wrapped
         if isinstance(wrapped, DistributedDataParallel) and not next(wrapped.parameters()).is_cuda:
             wrapped.register_comm_hook(None, self.reduce)
@@ -87,6 +88,11 @@ def train(task: dict[str, Any]) -> None:
     table = run.evaluate_members() if task.get("members") else None
     run.save_model(task["saved"])
     weights = {name: gathered(p).clone() for name, p in named_parameters(run.model).items()}
+    # Members in place of their average, which of BatchNorm depends on the running statistics.
+    averages = {target.key for target in run.late_phase.targets if target.family != "rank1"}
+    weights = run.late_phase.averaged_state_dict(weights)  # FSDP's model stays attached
+    weights = {name: value for name, value in weights.items() if value is not None and name not in averages}
+    weights |= {name: gathered(stack).clone() for name, stack in run.late_phase.stacks().items()}
     dealt: list[Any] = [None] * run.args.world_size
     if run.args.world_size > 1:
         dist.all_gather_object(dealt, members)
@@ -100,6 +106,7 @@ def train(task: dict[str, Any]) -> None:
             "logs": [{k: log[k] for k in ("loss", "grad_norm", "member_loss_mean", "member_loss_std") if k in log}
                      for log in run.state.log_history if "learning_rate" in log],
             "traffic": traffic.steps,
+            "numbers": traffic.numbers,
             "members": dealt,
             "table": dict(table) if table else None,
             "class": type(run.model).__name__,

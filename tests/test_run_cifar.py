@@ -24,7 +24,7 @@ from run_cifar import (
     runs_of,
 )
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, default_data_collator, set_seed
-from vision import predict_logits, read_points, save_and_check, train
+from vision import ImageTrainer, predict_logits, read_points, save_and_check, train
 from vision_report import ImageResult, score, table
 
 from hf_latephase import LatePhaseConfig
@@ -141,13 +141,20 @@ def test_base_is_plain_training_to_the_bit(folder, tmp_path):
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-def test_decay_reaches_all_weights_but_rank1_factors(folder, tmp_path):
+def test_decay_reaches_all_weights_but_rank1_factors(folder, tmp_path, monkeypatch):
+    decay, parameters, begin = {}, {}, ImageTrainer._begin_training
+
+    def watch(trainer):
+        begin(trainer)
+        for group in trainer.optimizer.param_groups:
+            decay.update({id(p): group["weight_decay"] for p in group["params"]})
+        parameters.update(trainer.model.named_parameters())
+
+    monkeypatch.setattr(ImageTrainer, "_begin_training", watch)
     images = images_of(folder)
     config = LatePhaseConfig(num_members=2, weights=["norm", "rank1"])
     args = training_arguments(tmp_path / "a", weight_decay=0.1)
-    trainer, _ = train(make_model, config, args, images.train, images.watched, None, False)
-    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
-    parameters = dict(trainer.model.named_parameters())
+    train(make_model, config, args, images.train, images.watched, None, False)
     factors = {name for name in parameters if name.endswith((".left", ".right"))}
     assert factors and {decay[id(parameters[name])] for name in factors} == {0.0}
     assert {decay[id(parameters[name])] for name in parameters.keys() - factors} == {0.1}

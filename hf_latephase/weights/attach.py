@@ -254,6 +254,7 @@ def _read_directly(module: nn.Module, tensor_name: str) -> None:
 
 def _load_plain_values(module: nn.Module) -> None:
     """Has the class that `parametrize` made for this one module load the plain model's tensors, too."""
+    plain_class: Any = type(module).__bases__[0]
 
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict, *args: Any) -> None:
         lists: Any = self._modules["parametrizations"]._modules  # type: ignore[union-attr]
@@ -263,7 +264,6 @@ def _load_plain_values(module: nn.Module) -> None:
                 tensors = {key: tensor.detach().clone() for key, tensor in parametrized.state_dict().items()}
                 parametrized[0].write(tensors, value.to(tensors["original"]))
                 state_dict |= {f"{prefix}{PARAMETRIZATIONS}{name}.{key}": t for key, t in tensors.items()}
-        plain_class: Any = type(self).__bases__[0]
         if isinstance(self, _BatchNorm):
             metadata = {**metadata, "version": plain_class._version}  # else it adds what it takes for missing
         plain_class._load_from_state_dict(self, state_dict, prefix, metadata, *args)
