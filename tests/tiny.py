@@ -18,6 +18,10 @@ from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
 
 
 VOCAB = 48
+# The switch's name before transformers 5.23 was the latter.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 # Set to "cuda" by test_cuda.py, also for the processes that it starts.
 DEVICE_VARIABLE = "HF_LATEPHASE_TEST_DEVICE"
 
