@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .compat import sort_checkpoints
 
 
 # Not taken for a checkpoint by transformers, and left out of uploads, which ignore names with an underscore in front.

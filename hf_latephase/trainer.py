@@ -351,6 +351,7 @@ class _LatePhaseCallback(TrainerCallback):
         self._trainer._begin_step()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._norm_without_clipping()
         self._trainer._stepping.before_optimizer()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
