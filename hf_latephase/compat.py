@@ -6,27 +6,43 @@ Each piece names the floor with which it can go.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+_Trainer: Any = object  # what comes behind in a trainer's bases
+
+logger = logging.get_logger(__name__)
+TESTED_TRANSFORMERS = "5.24"  # the newest that all tests have passed with
+
+
+def warn_of_newer() -> None:
+    """Says once that the installed transformers is newer than what has been tested."""
+    if Version(transformers.__version__).release[:2] > Version(TESTED_TRANSFORMERS).release:
+        logger.warning_once(
+            f"transformers {transformers.__version__} is newer than {TESTED_TRANSFORMERS}, the newest that hf_latephase "
+            "was tested with. If something fails, install that one."
+        )
+
 
 # ---- models ----
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:  # transformers 5.0
+    from transformers import PretrainedConfig as PreTrainedConfig  # noqa: F401
 
 # What models call their memory of the text. transformers 5.24: `cache`.
 STATE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -41,40 +57,14 @@ def state_name(model: nn.Module) -> str:
 # ---- Trainer ----
 
 
-@contextlib.contextmanager
-def mean_losses(trainer: Any) -> Iterator[None]:
-    """
-    Context in which Trainer divides every loss by `current_gradient_accumulation_steps`, whoever computed it.
-
-    transformers 5.19: `loss_is_scaled_for_ga = False`. Before, it divides all but those of `compute_loss_func`.
-    """
-    if hasattr(Trainer, "loss_is_scaled_for_ga"):
-        scaled, trainer.loss_is_scaled_for_ga = trainer.loss_is_scaled_for_ga, False
-        try:
-            yield
-        finally:
-            trainer.loss_is_scaled_for_ga = scaled
-    elif trainer.compute_loss_func is None:
-        yield
-    else:
-        compute_loss = trainer.compute_loss
-        trainer.compute_loss = lambda *args, **kwargs: (
-            compute_loss(*args, **kwargs) / trainer.current_gradient_accumulation_steps
-        )
-        try:
-            yield
-        finally:
-            del trainer.compute_loss
+LOOP_HAS_HOOKS = hasattr(Trainer, "_run_epoch")
 
 
-HAS_LOOP_HOOKS = hasattr(Trainer, "_run_epoch")
-
-
-class _LoopHooks(_Base):
+class _LoopHooks(_Trainer):
     """Calls the hooks of Trainer's newer loop from the older one, which is a single method. transformers 5.3."""
 
     _loss_since_log: Tensor
-    _trial: Any = None
+    _run_trial: Any = None
     _sync_gradients = True
 
     def _inner_training_loop(self, batch_size: Any = None, args: Any = None, **kwargs: Any) -> Any:
@@ -83,12 +73,12 @@ class _LoopHooks(_Base):
             return super()._inner_training_loop(batch_size, args, **kwargs)
         finally:
             del self.accelerator.clip_grad_norm_
-            vars(self).pop("training_step", None)
+            self.__dict__.pop("training_step", None)
 
     def _with_own_norm(self, hook: Callable[[nn.Module], Any]) -> Any:
         # The loop has set this since training_step.
         self.accelerator.gradient_state._set_sync_gradients(self._sync_gradients)
-        redirected = vars(self.accelerator).pop("clip_grad_norm_")
+        redirected = self.accelerator.__dict__.pop("clip_grad_norm_")
         try:
             return hook(self.model_wrapped)
         finally:
@@ -123,57 +113,60 @@ class _LoopHooks(_Base):
             loss = self.training_step(*args, **kwargs)
             return carried + loss if torch.isfinite(loss) else loss
 
-        self.training_step = training_step
+        self.__dict__["training_step"] = training_step
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        self._loss_since_log, self._trial = tr_loss, args[2]
+        self._loss_since_log, self._run_trial = tr_loss, args[2]
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:
         if not self.is_in_train:  # asked for by the end of the loop, which deletes all but the best
-            self._finalize_training(self._trial)
+            self._finalize_training(self._run_trial)
         return super()._sorted_checkpoints(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, *args: Any) -> None:
         pass
 
 
-class _PushHook(_Base):
-    """Calls `on_push_begin` before an upload in the background. transformers 5.0."""
+class _PushHook(_Trainer):
+    """Says that an upload in the background begins, of which no callback is told. transformers 5.0."""
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         is_free = self.push_in_progress is None or self.push_in_progress.is_done() or self.args.hub_always_push
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and is_free:
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "on_push_begin"):
-                    callback.on_push_begin(self.args, self.state, self.control)
+            self._publishing.begin()
         super()._push_from_checkpoint(checkpoint_folder)
 
 
-class TrainerHooks(
-    *([] if HAS_LOOP_HOOKS else [_LoopHooks]),
-    *([] if hasattr(TrainerCallback, "on_push_begin") else [_PushHook]),
-):
-    """What the installed Trainer lacks of the newest one's hooks."""
+class _LossHook(_Trainer):
+    """Divides by the accumulation steps what `compute_loss_func` returns, if told to. transformers 5.19."""
 
-    # transformers 5.19, which sets it on the instance. Before, Trainer counts all labels.
-    _loss_shifts_labels = False
+    loss_is_scaled_for_ga: bool | None = None
+    _loss_shifts_labels = False  # Trainer counts all labels
 
-    if HAS_LOOP_HOOKS:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        is_undivided = self.loss_is_scaled_for_ga is False and self.compute_loss_func is not None
+        return loss / self.current_gradient_accumulation_steps if is_undivided else loss
 
-        def _norm_without_clipping(self) -> None:
-            """Has the norm taken before the optimizer's step, where the loop does so only to clip."""
+
+_THERE = {
+    _LossHook: hasattr(Trainer, "loss_is_scaled_for_ga"),
+    _LoopHooks: LOOP_HAS_HOOKS,
+    _PushHook: hasattr(TrainerCallback, "on_push_begin"),
+}
+# What the installed Trainer lacks of the newest one's hooks.
+TrainerHooks: Any = type("TrainerHooks", tuple(hook for hook, there in _THERE.items() if not there), {})
 
 
 def sort_checkpoints(run_dir: str, use_mtime: bool = False) -> list[str]:
     """The checkpoints of a run, the oldest first. transformers 5.3: `trainer_utils.sort_checkpoints`."""
-    numbers = {str(path): re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(run_dir).glob("checkpoint-*")}
-    folders = sorted((int(m[1]), folder) for folder, m in numbers.items() if m and Path(folder).is_dir())
-    times = sorted((Path(folder).stat().st_mtime, number, folder) for number, folder in folders)
-    # A disk may keep no times.
-    if use_mtime and times and times[-1][0] - times[0][0] >= 1:
-        return [folder for *_, folder in times]
-    return [folder for _, folder in folders]
+    folders = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
+    folders.sort(key=lambda path: int(path.name[11:]))
+    times = {path: path.stat().st_mtime for path in folders}
+    if use_mtime and folders and max(times.values()) - min(times.values()) >= 1:  # else the disk keeps none
+        folders.sort(key=times.__getitem__)
+    return [str(path) for path in folders]
 
 
 # ---- the Hub ----

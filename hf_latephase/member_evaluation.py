@@ -104,5 +104,5 @@ class MemberEvaluation:
         model = trainer.accelerator.unwrap_model(trainer.late_phase.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         is_decoder_only = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and is_decoder_only
+        shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and is_decoder_only
         return shifts or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

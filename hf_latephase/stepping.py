@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.utils import logging
 
-from .compat import mean_losses
 from .cycle import Cycle
 from .optimizers import FrozenMembers, set_decay, unwrapped
 from .process_statistics import ProcessStatistics
@@ -166,13 +165,13 @@ class Stepping:
     def _weighed_loss(self) -> Iterator[None]:
         """Lets Trainer divide each minibatch's mean loss by the cycle's divisor, whoever computed the loss."""
         trainer = self._trainer
-        steps = trainer.current_gradient_accumulation_steps
+        steps, scaled = trainer.current_gradient_accumulation_steps, trainer.loss_is_scaled_for_ga
         trainer.current_gradient_accumulation_steps = trainer.cycle.loss_divisor
+        trainer.loss_is_scaled_for_ga = False
         try:
-            with mean_losses(trainer):
-                yield
+            yield
         finally:
-            trainer.current_gradient_accumulation_steps = steps
+            trainer.current_gradient_accumulation_steps, trainer.loss_is_scaled_for_ga = steps, scaled
 
     @contextlib.contextmanager
     def _synchronised_once_a_cycle(self, model: nn.Module) -> Iterator[None]:

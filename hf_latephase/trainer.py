@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .averaged_view import AveragedView
 from .averaging import AverageSchedule, WeightAverage
 from .checkpoint import has_state, last_whole_checkpoint
+from .compat import LOOP_HAS_HOOKS, warn_of_newer
 from .config import LatePhaseConfig, PointsInTraining, resolve_points
 from .cycle import Cycle
 from .ensemble import MemberTable
@@ -73,6 +74,7 @@ class LatePhaseMixin(PublishingMixin):
         self._staging = Staging(self)
         self._publishing = Publishing(self)
         super().__init__(*args, **kwargs)
+        warn_of_newer()
         check_supported(self, self.late_phase_config)
         if self.model_init is None:
             assert self.model is not None
@@ -351,7 +353,8 @@ class _LatePhaseCallback(TrainerCallback):
         self._trainer._begin_step()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._norm_without_clipping()
+        if not LOOP_HAS_HOOKS:
+            self._trainer._norm_without_clipping()
         self._trainer._stepping.before_optimizer()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:

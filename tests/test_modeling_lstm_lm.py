@@ -535,7 +535,8 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path: Path) -> None:
         report_to="none",
         save_strategy="no",
         use_cpu=True,
-        use_cache=True,  # Trainer would set config.use_cache to False, and no state be returned in evaluation
+        # Trainer would set config.use_cache to False, and no state be returned in evaluation; older ones do not.
+        **({"use_cache": True} if hasattr(TrainingArguments, "use_cache") else {}),
         disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -184,3 +185,13 @@ def trainer(
         **late,
         **(extra or {}),
     )
+
+
+def use_hub(patch: Any, hub: Any) -> None:
+    """Has Trainer talk to `hub`; `patch` is `setattr` or pytest's. Before transformers 5.3 it called functions."""
+    module = transformers.trainer
+    if hasattr(module, "hf_api"):
+        patch(module, "hf_api", lambda *args, **kwargs: hub)
+    else:
+        patch(module, "create_repo", hub.create_repo)
+        patch(module, "upload_folder", hub.upload_folder)

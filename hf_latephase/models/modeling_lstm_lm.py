@@ -175,11 +175,11 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
     >>> from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
 
     >>> model, input_ids = LSTMForCausalLM(LSTMLMConfig(hidden_size=16)), torch.randint(3, 259, (1, 200))
-    >>> first = model(input_ids[:, :100], use_cache=True)
-    >>> second = model(input_ids[:, 100:], cache=first.cache)
+    >>> first, state = model(input_ids[:, :100], use_cache=True).to_tuple()
+    >>> second, _ = model(input_ids[:, 100:], cache=state, use_cache=True).to_tuple()
     ```
 
-    Before transformers 5.24 the output calls its state `past_key_values`; the model takes either name.
+    Before transformers 5.24 the output calls its state `past_key_values`, which the model also takes.
 
     In training mode a state is returned only if `use_cache=True` is passed, and it carries its graph: pass on
     `state.detach()` for truncated backpropagation through time.

@@ -40,7 +40,7 @@ class WideResNetConfig(PreTrainedConfig):
         num_labels (`int`, *optional*, defaults to 10):
             Number of classes. Given by `id2label` where that is passed.
         kwargs (*optional*):
-            As in [`~transformers.PreTrainedConfig`], `id2label` and `label2id` for example.
+            As in transformers' configurations, `id2label` and `label2id` for example.
 
     Raises:
         `ValueError`: If the values do not describe a network.

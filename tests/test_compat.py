@@ -1,0 +1,54 @@
+"""What depends on the installed release."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from packaging.version import Version
+from tiny import gpt2, trainer
+
+from hf_latephase import LatePhaseConfig
+from hf_latephase.compat import TESTED_TRANSFORMERS, sort_checkpoints
+
+
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+
+
+@pytest.mark.parametrize(
+    ("release", "warned"), [(TESTED_TRANSFORMERS + ".7", False), ("4.56.2", False), ("5.91.0", True)]
+)
+def test_a_newer_transformers_is_warned_of_once(tmp_path, monkeypatch, caplog, release: str, warned: bool) -> None:
+    monkeypatch.setattr(transformers, "__version__", release)
+    transformers.utils.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING, logger="hf_latephase"):
+        for _ in range(2):
+            trainer(tmp_path, gpt2(), LatePhaseConfig(num_members=2))
+    messages = [record.getMessage() for record in caplog.records if "newer than" in record.getMessage()]
+    assert len(messages) == warned
+    assert all(release in message and TESTED_TRANSFORMERS in message for message in messages)
+
+
+def test_the_newest_tested_is_the_one_that_is_pinned() -> None:
+    pins = dict(
+        line.replace("===", "==").split("==")
+        for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    )
+    assert Version(pins["transformers"]).release[:2] == Version(TESTED_TRANSFORMERS).release
+
+
+def test_checkpoints_are_sorted_by_number_or_time(tmp_path) -> None:
+    for seconds, name in enumerate(["checkpoint-10", "checkpoint-9", "checkpoint-100"]):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1e9, 1e9 + 2 * seconds))
+    (tmp_path / "checkpoint-7").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    names: list[Any] = [
+        [path.rpartition("-")[2] for path in sort_checkpoints(str(tmp_path), t)] for t in (False, True)
+    ]
+    assert names == [["9", "10", "100"], ["10", "9", "100"]]
