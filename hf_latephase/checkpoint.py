@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .compat import sort_checkpoints
+from .staging import sort_checkpoints
 
 
 logger = logging.get_logger(__name__)

@@ -1,15 +1,9 @@
-"""
-All that depends on a release of transformers, torch or huggingface_hub, from transformers 4.56.2 and torch 2.6 on.
-
-Each piece names the floor with which it can go.
-"""
+"""All that depends on a release, from transformers 4.56.2 and torch 2.6 on. Each piece says with which floor it goes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +16,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 
-_Trainer: Any = object  # what comes behind in a trainer's bases
-
 logger = logging.get_logger(__name__)
+_Trainer: Any = object  # what comes behind in a trainer's bases
 TESTED_TRANSFORMERS = "5.24"  # the newest that all tests have passed with
 
 
@@ -32,18 +25,13 @@ def warn_of_newer() -> None:
     """Says once that the installed transformers is newer than what has been tested."""
     if Version(transformers.__version__).release[:2] > Version(TESTED_TRANSFORMERS).release:
         logger.warning_once(
-            f"transformers {transformers.__version__} is newer than {TESTED_TRANSFORMERS}, the newest that hf_latephase "
-            "was tested with. If something fails, install that one."
+            f"transformers {transformers.__version__} is newer than {TESTED_TRANSFORMERS}, the newest that"
+            " hf_latephase has been tested with. If something fails, install that one."
         )
 
 
-# ---- models ----
-
-try:
-    from transformers import PreTrainedConfig
-except ImportError:  # transformers 5.0
-    from transformers import PretrainedConfig as PreTrainedConfig  # noqa: F401
-
+# transformers 5.0.
+PreTrainedConfig: Any = getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)
 # What models call their memory of the text. transformers 5.24: `cache`.
 STATE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
@@ -52,9 +40,6 @@ def state_name(model: nn.Module) -> str:
     """What a model calls its memory: as its release of transformers does, unless its code is older."""
     parameters = inspect.signature(model.forward).parameters
     return "past_key_values" if "past_key_values" in parameters and "cache" not in parameters else STATE_NAME
-
-
-# ---- Trainer ----
 
 
 LOOP_HAS_HOOKS = hasattr(Trainer, "_run_epoch")
@@ -75,9 +60,8 @@ class _LoopHooks(_Trainer):
             del self.accelerator.clip_grad_norm_
             self.__dict__.pop("training_step", None)
 
-    def _with_own_norm(self, hook: Callable[[nn.Module], Any]) -> Any:
-        # The loop has set this since training_step.
-        self.accelerator.gradient_state._set_sync_gradients(self._sync_gradients)
+    def _with_own_norm(self, hook: Any) -> Any:
+        self.accelerator.gradient_state._set_sync_gradients(self._sync_gradients)  # the loop has set it since
         redirected = self.accelerator.__dict__.pop("clip_grad_norm_")
         try:
             return hook(self.model_wrapped)
@@ -105,15 +89,13 @@ class _LoopHooks(_Trainer):
 
     @_tr_loss.setter
     def _tr_loss(self, carried: Tensor) -> None:
-        self._loss_since_log = carried
-
         # The loop's own sum is a local variable, zero by now: its first term brings the rest along.
         def training_step(*args: Any, **kwargs: Any) -> Tensor:
             del self.training_step
             loss = self.training_step(*args, **kwargs)
             return carried + loss if torch.isfinite(loss) else loss
 
-        self.__dict__["training_step"] = training_step
+        self._loss_since_log, self.__dict__["training_step"] = carried, training_step
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self._loss_since_log, self._run_trial = tr_loss, args[2]
@@ -150,26 +132,11 @@ class _LossHook(_Trainer):
         return loss / self.current_gradient_accumulation_steps if is_undivided else loss
 
 
-_THERE = {
-    _LossHook: hasattr(Trainer, "loss_is_scaled_for_ga"),
-    _LoopHooks: LOOP_HAS_HOOKS,
-    _PushHook: hasattr(TrainerCallback, "on_push_begin"),
-}
-# What the installed Trainer lacks of the newest one's hooks.
-TrainerHooks: Any = type("TrainerHooks", tuple(hook for hook, there in _THERE.items() if not there), {})
+_LACKING = [_LoopHooks] if not LOOP_HAS_HOOKS else []
+_LACKING += [_LossHook] if not hasattr(Trainer, "loss_is_scaled_for_ga") else []
+_LACKING += [_PushHook] if not hasattr(TrainerCallback, "on_push_begin") else []
+TrainerHooks: Any = type("TrainerHooks", tuple(_LACKING), {})
 
-
-def sort_checkpoints(run_dir: str, use_mtime: bool = False) -> list[str]:
-    """The checkpoints of a run, the oldest first. transformers 5.3: `trainer_utils.sort_checkpoints`."""
-    folders = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
-    folders.sort(key=lambda path: int(path.name[11:]))
-    times = {path: path.stat().st_mtime for path in folders}
-    if use_mtime and folders and max(times.values()) - min(times.values()) >= 1:  # else the disk keeps none
-        folders.sort(key=times.__getitem__)
-    return [str(path) for path in folders]
-
-
-# ---- the Hub ----
 
 try:
     from huggingface_hub.utils import httpx

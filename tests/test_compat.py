@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
@@ -13,7 +12,8 @@ from packaging.version import Version
 from tiny import gpt2, trainer
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.compat import TESTED_TRANSFORMERS, sort_checkpoints
+from hf_latephase.compat import TESTED_TRANSFORMERS
+from hf_latephase.staging import sort_checkpoints
 
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
@@ -48,7 +48,6 @@ def test_checkpoints_are_sorted_by_number_or_time(tmp_path) -> None:
         os.utime(tmp_path / name, (1e9, 1e9 + 2 * seconds))
     (tmp_path / "checkpoint-7").touch()
     (tmp_path / "checkpoint-best").mkdir()
-    names: list[Any] = [
-        [path.rpartition("-")[2] for path in sort_checkpoints(str(tmp_path), t)] for t in (False, True)
-    ]
-    assert names == [["9", "10", "100"], ["10", "9", "100"]]
+    found = [sort_checkpoints(str(tmp_path), use_mtime) for use_mtime in (False, True)]
+    numbers = [[path.rpartition("-")[2] for path in paths] for paths in found]
+    assert numbers == [["9", "10", "100"], ["10", "9", "100"]]
