@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 from tiny import gpt2, trainer
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.compat import TESTED_TRANSFORMERS
+from hf_latephase.compat import FSDP2_TORCH, TESTED_TRANSFORMERS
 from hf_latephase.staging import sort_checkpoints
+from hf_latephase.support import check_supported
 
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
@@ -51,3 +54,17 @@ def test_checkpoints_are_sorted_by_number_or_time(tmp_path) -> None:
     found = [sort_checkpoints(str(tmp_path), use_mtime) for use_mtime in (False, True)]
     numbers = [[path.rpartition("-")[2] for path in paths] for paths in found]
     assert numbers == [["9", "10", "100"], ["10", "9", "100"]]
+
+
+def test_fsdp2_is_refused_with_a_torch_whose_updates_differ(monkeypatch) -> None:
+    plugin = SimpleNamespace(fsdp_version=2)
+    sharded = SimpleNamespace(
+        is_deepspeed_enabled=False, is_fsdp_enabled=True, args=SimpleNamespace(n_gpu=1), optimizer=None,
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+    )  # fmt: skip
+    for release in (FSDP2_TORCH + ".0+cpu", "3.0"):
+        monkeypatch.setattr(torch, "__version__", release)
+        check_supported(sharded, LatePhaseConfig())
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(ValueError, match=r"FSDP2 .* needs torch 2\.13 or newer, this is 2\.9\.1.*or use DDP"):
+        check_supported(sharded, LatePhaseConfig())
