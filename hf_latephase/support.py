@@ -35,8 +35,8 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
         )
     if trainer.is_fsdp_enabled and Version(torch.__version__).release < Version(FSDP2_TORCH).release:
         raise ValueError(
-            f"FSDP2 with late-phase weights needs torch {FSDP2_TORCH} or newer, this is {torch.__version__}: before, its "
-            "updates are not those of one process. Install that, or use DDP."
+            f"FSDP2 with late-phase weights needs torch {FSDP2_TORCH} or newer, this is {torch.__version__}, whose "
+            "updates are not those of one process. Install a newer one, or use DDP."
         )
     if trainer.is_fsdp_enabled and "hypernet" in config.weights:
         raise ValueError(
