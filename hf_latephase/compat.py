@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+RELEASE = Version(transformers.__version__)
 _Trainer: Any = object  # what comes behind in a trainer's bases
 FSDP2_TORCH = "2.13"  # before, updates with FSDP2 differ from those of one process by 3e-8 (seen with 2.7.1 and 2.9.1)
 TESTED_TRANSFORMERS = "5.24"  # the newest that all tests have passed with
@@ -24,9 +25,9 @@ TESTED_TRANSFORMERS = "5.24"  # the newest that all tests have passed with
 
 def warn_of_newer() -> None:
     """Says once that the installed transformers is newer than what has been tested."""
-    if Version(transformers.__version__).release[:2] > Version(TESTED_TRANSFORMERS).release:
+    if RELEASE.release[:2] > Version(TESTED_TRANSFORMERS).release:
         logger.warning_once(
-            f"transformers {transformers.__version__} is newer than {TESTED_TRANSFORMERS}, the newest that"
+            f"transformers {RELEASE} is newer than {TESTED_TRANSFORMERS}, the newest that"
             " hf_latephase has been tested with. If something fails, install that one."
         )
 

@@ -13,7 +13,7 @@ import transformers
 from packaging.version import Version
 from tiny import gpt2, trainer
 
-from hf_latephase import LatePhaseConfig
+from hf_latephase import LatePhaseConfig, compat
 from hf_latephase.compat import FSDP2_TORCH, TESTED_TRANSFORMERS
 from hf_latephase.staging import sort_checkpoints
 from hf_latephase.support import check_supported
@@ -26,7 +26,7 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
     ("release", "warned"), [(TESTED_TRANSFORMERS + ".7", False), ("4.56.2", False), ("5.91.0", True)]
 )
 def test_a_newer_transformers_is_warned_of_once(tmp_path, monkeypatch, caplog, release: str, warned: bool) -> None:
-    monkeypatch.setattr(transformers, "__version__", release)
+    monkeypatch.setattr(compat, "RELEASE", Version(release))
     transformers.utils.logging.enable_propagation()
     with caplog.at_level(logging.WARNING, logger="hf_latephase"):
         for _ in range(2):
