@@ -1,19 +1,15 @@
-# What pip installs of torch, e.g. make test TORCH="torch==2.14.1 torchvision==0.29.1" for releases of your choice. A
-# torchvision works with the torch of its own release and build only: name both.
-TORCH ?= torch torchvision
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-OLDEST := .venv-oldest
 
-.PHONY: venv demo test test-slow test-gpu test-oldest quality style dist
+.PHONY: venv demo test test-slow test-gpu test-newest test-oldest test-window constraints quality style dist
 
 venv: $(STAMP)
 
-# One pip call: torch is resolved with everything else, so the choice above holds.
-$(STAMP): setup.py pyproject.toml
+# Releases that have passed, so that this works next year, too.
+$(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install $(TORCH) -e ".[test,quality]"
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[test,quality]"
 	touch $(STAMP)
 
 # Threads that sleep while they wait: spinning ones lose most of their time when something else wants a core.
@@ -31,16 +27,26 @@ test-slow: venv
 test-gpu: venv
 	$(VENV)/bin/python -m pytest tests/test_cuda.py
 
-# The oldest releases that setup.py admits, read from it; everything else as new as they allow. Chosen tests only:
-# make test-oldest TESTS="tests/test_config.py tests/test_trainer.py"
-$(OLDEST)/.installed: setup.py pyproject.toml tests/oldest.py
-	$(PYTHON) -m venv $(OLDEST)
-	$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt torch torchvision -e ".[test]"
+# The same tests with other releases, each in an environment of its own: whatever pip takes today, the oldest that setup.py
+# admits, some between. Chosen tests only: make test-oldest TESTS="tests/test_config.py tests/test_trainer.py"
+.venv-newest/.installed: PINS = :
+.venv-oldest/.installed: PINS = $(PYTHON) tests/oldest.py
+.venv-window/.installed: PINS = printf 'torch===2.9.1\ntransformers==5.0.0\n'
+
+.venv-%/.installed: setup.py pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv $(@D)
+	$(PINS) > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -c $(@D)/constraints.txt torch torchvision -e ".[test,quality]"
 	touch $@
 
-test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(TESTS)
+test-newest test-oldest test-window: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(TESTS)
+
+# Pins what `make test-newest` has passed with.
+constraints: .venv-newest/.installed
+	(head -n 2 constraints.txt && .venv-newest/bin/python -m pip list --format=freeze \
+		| grep -vE '^(hf_latephase|pip|setuptools)==' | sed 's/^torch==/torch===/') > constraints.new
+	mv constraints.new constraints.txt
 
 quality: venv
 	$(VENV)/bin/ruff check .

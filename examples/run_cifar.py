@@ -39,12 +39,13 @@ import transformers
 from model_arguments import ModelArguments, build_config
 from recipe import check_methods, parse_arguments
 from torch import Tensor
-from transformers import AutoModelForImageClassification, PreTrainedConfig, TrainingArguments
+from transformers import AutoModelForImageClassification, TrainingArguments
 from vision import MASKS, MEMBERS, MODEL, Predictions, read_points, save_and_check, train
 from vision_report import ImageResult, score, write_results
 
 import hf_latephase.models  # noqa: F401  # makes wide_resnet and pyramidnet known to the Auto classes
 from hf_latephase import LatePhaseConfig
+from hf_latephase.compat import PreTrainedConfig
 from hf_latephase.config import steps_at
 from hf_latephase.data.augmentation import DecodedImages, channel_statistics
 from hf_latephase.data.decoding import decode_images

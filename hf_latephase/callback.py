@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .compat import LOOP_HAS_HOOKS
+
 
 class LatePhaseCallback(TrainerCallback):
     """
@@ -29,6 +31,8 @@ class LatePhaseCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Scales the base gradients."""
+        if not LOOP_HAS_HOOKS:
+            self._trainer._norm_without_clipping()
         self._trainer._stepping.before_optimizer()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
+
+from .staging import sort_checkpoints
 
 
 logger = logging.get_logger(__name__)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -107,4 +108,6 @@ class MemberEvaluation:
         trainer = self._trainer
         model = trainer.accelerator.unwrap_model(trainer.late_phase.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return trainer._loss_shifts_labels or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        is_decoder_only = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and is_decoder_only
+        return shifts or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

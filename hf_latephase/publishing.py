@@ -9,25 +9,19 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
-from transformers import Trainer
 from transformers.utils import logging
 
+from .compat import CONNECTION_ERRORS, TrainerHooks
 from .config import CONFIG_NAME
 from .staging import Staging
 from .trainer_card import write_model_card
 
 
 logger = logging.get_logger(__name__)
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
 
 class Publishing:
@@ -105,7 +99,7 @@ class Publishing:
         return f"What was saved in {folder!r} is untouched: trainer.push_to_hub() uploads it."
 
 
-class PublishingMixin(_Base):
+class PublishingMixin(TrainerHooks):
     """The part of [`LatePhaseMixin`] that writes model cards and uploads."""
 
     _staging: Staging
@@ -192,7 +186,7 @@ def _remedy(error: BaseException) -> str | None:
                 "hub_token in TrainingArguments."
             )
         return "The Hub refused, or broke off."
-    if isinstance(error, (httpx.TransportError, ConnectionError)):  # the latter: hf_xet's
+    if isinstance(error, CONNECTION_ERRORS):
         return f"The Hub at {constants.ENDPOINT} cannot be reached: check the network, and HF_ENDPOINT if it is set."
     return _remedy(error.__cause__) if error.__cause__ is not None else None
 

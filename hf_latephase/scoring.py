@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_latephase.compat import state_name
 from hf_latephase.data.enwik8 import EOS_ID, encode_bytes
 from hf_latephase.ensemble import evaluation_mode
 
@@ -155,20 +156,21 @@ def model_forward(model: nn.Module, carries_state: bool = False) -> Forward:
     Args:
         model (`nn.Module`):
             Called as `model(input_ids=..., use_cache=...)`, answers with `logits`. Where state is carried also given
-            `past_key_values`, answered with `past_key_values`.
+            `cache`, or `past_key_values` if that is what its `forward` takes, and answered with the same.
         carries_state (`bool`, defaults to `False`):
             Whether to give back the state, and take it up.
 
     Returns:
         `Forward`: For [`score_bytes`] and [`mean_forward`].
     """
+    name = state_name(model)
 
     def forward(input_ids: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
         # An argument is passed only where it means something: a model without a cache need not know the name.
-        memory = {"past_key_values": state} if carries_state else {}
+        memory = {name: state} if carries_state else {}
         output = model(input_ids=input_ids, use_cache=carries_state, **memory)
         logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-        return logits.log_softmax(-1), output.past_key_values if carries_state else None
+        return logits.log_softmax(-1), getattr(output, name) if carries_state else None
 
     return forward
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 # Not taken for a checkpoint by transformers, and left out of uploads, which ignore names with an underscore in front.
@@ -81,6 +81,16 @@ class Staging:
         if not args.should_save and args.local_process_index == 0 and os.path.isdir(staged):
             publish(staged, folder)
         accelerator.wait_for_everyone()
+
+
+def sort_checkpoints(run_dir: str, use_mtime: bool = False) -> list[str]:
+    """The checkpoints of a run, the oldest first."""
+    folders = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
+    folders.sort(key=lambda path: int(path.name[11:]))
+    times = {path: path.stat().st_mtime for path in folders}
+    if use_mtime and folders and max(times.values()) - min(times.values()) >= 1:  # else the disk keeps none
+        folders.sort(key=times.__getitem__)
+    return [str(path) for path in folders]
 
 
 def staging_folder(run_dir: str) -> str:

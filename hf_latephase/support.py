@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from packaging.version import Version
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.utils import is_peft_available
 
+from .compat import FSDP2_TORCH
 from .config import LatePhaseConfig, resolve_points
 from .weights import find_targets
 from .weights.targets import attached_families
@@ -31,6 +34,11 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
         raise ValueError(
             "FSDP1 flattens parameters, which hides the stacked members. Use FSDP2: `fsdp_version: 2` in the "
             "accelerate config."
+        )
+    if trainer.is_fsdp_enabled and Version(torch.__version__).release < Version(FSDP2_TORCH).release:
+        raise ValueError(
+            f"FSDP2 with late-phase weights needs torch {FSDP2_TORCH} or newer, this is {torch.__version__}, whose "
+            "updates are not those of one process. Install a newer one, or use DDP."
         )
     if trainer.is_fsdp_enabled and "hypernet" in config.weights:
         raise ValueError(

@@ -17,6 +17,7 @@ from .averaged_view import AveragedView
 from .averaging import AverageSchedule, WeightAverage
 from .callback import LatePhaseCallback
 from .checkpoint import has_state, last_whole_checkpoint
+from .compat import warn_of_newer
 from .config import LatePhaseConfig, PointsInTraining, resolve_points
 from .cycle import Cycle
 from .ensemble import MemberTable
@@ -69,6 +70,8 @@ class LatePhaseMixin(PublishingMixin):
     weight_average: WeightAverage | None
     cycle: Cycle
     model_init: Any  # the annotation of Trainer's leaves out that it may be None
+    optimizer: Any
+    model_wrapped: Any
     _points: PointsInTraining
     _average_schedule: AverageSchedule
     _groups: MemberGroups | None = None
@@ -79,6 +82,7 @@ class LatePhaseMixin(PublishingMixin):
         self._staging = Staging(self)
         self._publishing = Publishing(self)
         super().__init__(*args, **kwargs)
+        warn_of_newer()
         check_supported(self, self.late_phase_config)
         if self.model_init is None:
             assert self.model is not None
@@ -127,7 +131,7 @@ class LatePhaseMixin(PublishingMixin):
             self._check_optimizer(optimizer)
             # A parent's method may not look whether there is one.
             self._made_optimizer = self.optimizer
-            vars(self)["create_optimizer"] = self._give_made_optimizer
+            self.__dict__["create_optimizer"] = self._give_made_optimizer
         self.weight_average = self._new_average()
         self._averaged_view = self._new_view()
         self.late_phase.rest()
@@ -138,7 +142,7 @@ class LatePhaseMixin(PublishingMixin):
 
     def _give_back(self, interrupted: bool) -> None:
         """Makes the model the stock model that is evaluated and saved."""
-        vars(self).pop("create_optimizer", None)
+        self.__dict__.pop("create_optimizer", None)
         if not self.late_phase.is_attached:
             return
         self._stepping.drop_held()

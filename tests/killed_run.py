@@ -24,9 +24,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers.trainer
 from safetensors.torch import load_file, save_file
-from tiny import gpt2, trainer
+from tiny import gpt2, trainer, use_hub
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -62,7 +61,7 @@ def train(folder: Path, save_total_limit: int | None = 2) -> None:
     """Trains from the last checkpoint in `folder`, if there is one, and writes down what came of it."""
     logging.set_verbosity_error()
     hub = SlowHub(folder / "hub")
-    transformers.trainer.hf_api = lambda *args, **kwargs: hub
+    use_hub(setattr, hub)
     torch.manual_seed(0)
     config = LatePhaseConfig(num_members=3, weights=["rank1", "norm"], late_phase_start=5, swa_start=11)
     run = trainer(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import gpt2, llama, lstm, trainer
 from torch import Tensor, nn
-from transformers import Adafactor
+from transformers import Adafactor, OlmoConfig, OlmoForCausalLM
 
 from hf_latephase import LatePhase, LatePhaseConfig
 
@@ -130,6 +130,12 @@ def attached_before() -> nn.Module:
     return model
 
 
+def olmo() -> nn.Module:
+    return OlmoForCausalLM(
+        OlmoConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+
+
 @named(
     hypernet_alone=(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), {"weights": ["hypernet"]},
                     "no two of the 1 layers chosen do. Choose other target_modules"),
@@ -153,9 +159,13 @@ def attached_before() -> nn.Module:
     tied_target=(gpt2, {"target_modules": ["lm_head"]}, "lm_head.weight' is tied to .*Untie it.*leave it out"),
     tied_full=(gpt2, {"weights": ["full"]}, "tied to.*Untie"),
     tied_lstm_head=(lambda: lstm(tie_word_embeddings=True), {"weights": ["head"]}, "is tied to .*Untie it"),
+    bare_norms=(olmo, {"weights": ["norm"]}, r"normalisation layers \(OlmoLayerNorm\) have no weights.*\['rank1'\]"),
+    bare_norms_beside_others=(lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.LayerNorm(3, bias=False,
+        elementwise_affine=False)), {"weights": ["norm"], "exclude_modules": ["1"]},
+        "no layer of this family.*exclude_modules"),
     no_norms=(lstm, {"weights": ["norm"]}, r"no layer of this family.*LayerNorm.*Choose another family"),
     only_bare_batch_norms=(lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)),
-                           {"weights": ["norm"]}, "no layer of this family.*Choose another family"),
+                           {"weights": ["norm"]}, r"normalisation layers \(BatchNorm1d\) have no weights.*rank1"),
     only_embeddings=(Embeddings, {"weights": ["rank1"]}, "no layer of this family.*nn.Linear.*Choose another family"),
     only_an_output_layer=(lambda: nn.Linear(3, 2), {"weights": ["rank1"]}, "but for the output layer.*Choose another"),
     no_head=(Embeddings, {"weights": ["head"]}, "no layer of this family.*an output layer.*Choose another family"),

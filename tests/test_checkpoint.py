@@ -16,7 +16,7 @@ import torch
 import transformers.trainer
 from safetensors import safe_open
 from test_trainer import assert_same, weights_of
-from tiny import VOCAB, gpt2, llama, lstm, trainer
+from tiny import VOCAB, gpt2, llama, lstm, trainer, use_hub
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -193,7 +193,10 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(tmp_path, monkeypatch, meth
 
     if method == "_push_from_checkpoint":
         # Trainer's own call, right before the end: everything is written, nothing has its place.
-        monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", lambda **kwargs: interrupted_rotation(run))
+        place, name = (transformers.trainer, "rotate_checkpoints")
+        if not hasattr(place, name):  # before transformers 5.3
+            place, name = run, "_rotate_checkpoints"
+        monkeypatch.setattr(place, name, lambda **kwargs: interrupted_rotation(run))
     else:
         monkeypatch.setattr(Trainer, method, interrupted)
 
@@ -309,7 +312,7 @@ def test_what_is_pushed_is_whole_and_nothing_goes_afterwards(tmp_path, monkeypat
             done.set_result(None)
             return done
 
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: Hub())
+    use_hub(monkeypatch.setattr, Hub())
     run = trainer(
         tmp_path, gpt2(), CONFIG, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1,
         push_to_hub=True, hub_strategy="all_checkpoints", hub_always_push=True,

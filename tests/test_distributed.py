@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 from distributed_worker import train
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
+
+from hf_latephase.compat import FSDP2_TORCH, LOOP_HAS_HOOKS
 
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -141,6 +144,12 @@ SHARDED_RUN = SHARDED | {
 }
 
 
+needs_fsdp2 = pytest.mark.skipif(
+    Version(torch.__version__).release < Version(FSDP2_TORCH).release,
+    reason=f"FSDP2 is refused before torch {FSDP2_TORCH} (test_compat.py).",
+)
+
+
 @pytest.fixture(scope="module")
 def sharded_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """A run by the FSDP2 recipe, with a checkpoint inside a cycle."""
@@ -148,6 +157,7 @@ def sharded_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return folder / "two", launch(folder, "two", accelerate("fsdp2.yaml"), **SHARDED_RUN)
 
 
+@needs_fsdp2
 def test_fsdp2_equals_one_process_and_saves_a_stock_model(tmp_path, sharded_run) -> None:
     folder, two = sharded_run
     one = launch(tmp_path, "one", None, **SHARDED, arguments=SHARDED_ARGUMENTS | {"gradient_accumulation_steps": 2})
@@ -163,6 +173,7 @@ def test_fsdp2_equals_one_process_and_saves_a_stock_model(tmp_path, sharded_run)
     assert_close(saved[1].state_dict(), saved[0].state_dict(), 1e-10)
 
 
+@needs_fsdp2
 def test_fsdp2_resumes_to_the_bit(tmp_path, sharded_run) -> None:
     folder, two = sharded_run
     checkpoint = str(folder / "run" / "checkpoint-10")
@@ -179,10 +190,11 @@ def test_ddp_recipe_resumes(tmp_path) -> None:
     whole = launch(tmp_path, "whole", accelerate("ddp.yaml"), **task, arguments=saving)
     # Cycles of two steps from step 3 on: 6 lies inside one, 9 at the end of one.
     inside, at_end = (str(tmp_path / "whole" / "run" / f"checkpoint-{step}") for step in (6, 9))
-    resumed = launch(tmp_path, "resumed", accelerate("ddp.yaml"), **task, arguments=saving, resume=inside)
-    for name, weight in resumed["weights"].items():
-        assert torch.equal(weight, whole["weights"][name]), name
-    assert resumed["loss"] == whole["loss"]
+    if LOOP_HAS_HOOKS:  # before transformers 5.3 plain Trainer cannot resume on several processes without GPUs, either
+        resumed = launch(tmp_path, "resumed", accelerate("ddp.yaml"), **task, arguments=saving, resume=inside)
+        for name, weight in resumed["weights"].items():
+            assert torch.equal(weight, whole["weights"][name]), name
+        assert resumed["loss"] == whole["loss"]
     alone = {"arguments": SHARDED_ARGUMENTS | {"gradient_accumulation_steps": 2}}
     with pytest.raises(ValueError, match="lies inside a cycle of 2 steps on 2 processes"):
         launch(tmp_path, "refused", None, **SHARDED, **alone, resume=inside)

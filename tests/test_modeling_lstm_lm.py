@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 import hf_latephase.models
+from hf_latephase.compat import STATE_NAME
 from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
 from hf_latephase.models.modeling_lstm_lm import LSTMState
 
@@ -31,6 +32,10 @@ def build(seed: int = 0, **overrides: Any) -> LSTMForCausalLM:
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
     # From 2 on: no padding and no end of text among the prompts.
     return torch.randint(2, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state_of(output: Any) -> LSTMState | None:
+    return getattr(output, STATE_NAME)
 
 
 def state_tensors(state: LSTMState) -> torch.Tensor:
@@ -193,7 +198,7 @@ def test_dropout_lies_before_and_behind_the_lstm(place: str) -> None:
 def test_inputs_that_cannot_be_read_are_refused() -> None:
     model = build()
     ids = random_ids(2, 4)
-    state = model(ids).past_key_values
+    state = state_of(model(ids))
     with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
         model()
     with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
@@ -201,9 +206,11 @@ def test_inputs_that_cannot_be_read_are_refused() -> None:
     with pytest.raises(ValueError, match="sequence length is 0"):
         model(ids[:, :0])
     with pytest.raises(ValueError, match="holds 2 sequences, but the input has 1"):
-        model(ids[:1], past_key_values=state)
+        model(ids[:1], cache=state)
     with pytest.raises(ValueError, match="`LSTMState` returned by an earlier call, got DynamicCache"):
         model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="two names of one state"):
+        model(ids, cache=state, past_key_values=state)
     for shape in ((2, 3), (1, 4), (2, 1, 4, 4)):
         with pytest.raises(ValueError, match="`attention_mask` must have the shape of the input"):
             model(ids, attention_mask=torch.ones(shape))
@@ -219,38 +226,48 @@ def test_carried_state_equals_one_pass(cuts: list[int]) -> None:
     whole = model(ids, use_cache=True)
     state, pieces = None, []
     for window in ids.tensor_split(cuts, dim=1):
-        output = model(window, past_key_values=state, use_cache=True)
-        state = output.past_key_values
+        output = model(window, **{STATE_NAME: state}, use_cache=True)
+        state = state_of(output)
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole.logits, rtol=0, atol=1e-14)
-    torch.testing.assert_close(state_tensors(state), state_tensors(whole.past_key_values), rtol=0, atol=1e-14)
+    torch.testing.assert_close(state_tensors(state), state_tensors(state_of(whole)), rtol=0, atol=1e-14)
     assert state.get_seq_length() == 12
     assert not torch.allclose(model(ids[:, cuts[-1] :]).logits, pieces[-1])  # the state matters
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_state_goes_by_both_names(name: str) -> None:
+    model = build()
+    ids = random_ids(2, 6)
+    output = model(ids[:, 4:], **{name: state_of(model(ids[:, :4]))})
+    torch.testing.assert_close(output.logits, model(ids).logits[:, 4:], rtol=0, atol=1e-14)
+    assert state_of(output).seen_tokens == 6
+    assert name in model.config.keys_to_ignore_at_inference
+
+
 def test_forward_leaves_the_given_state_as_it_was() -> None:
     model = build()
-    state = model(random_ids(2, 4)).past_key_values
+    state = state_of(model(random_ids(2, 4)))
     before, length = state_tensors(state), state.seen_tokens
-    model(random_ids(2, 4, seed=2), past_key_values=state)
+    model(random_ids(2, 4, seed=2), **{STATE_NAME: state})
     assert torch.equal(state_tensors(state), before) and state.seen_tokens == length
 
 
 def test_state_is_returned_when_asked_for() -> None:
     model = build()
     ids = random_ids(2, 4)
-    assert model(ids).past_key_values is not None
-    assert model(ids, use_cache=False).past_key_values is None
-    assert build(use_cache=False)(ids).past_key_values is None
+    assert state_of(model(ids)) is not None
+    assert state_of(model(ids, use_cache=False)) is None
+    assert state_of(build(use_cache=False)(ids)) is None
     model.train()
-    assert model(ids).past_key_values is None
-    assert model(ids, use_cache=True).past_key_values is not None
+    assert state_of(model(ids)) is None
+    assert state_of(model(ids, use_cache=True)) is not None
 
 
 def test_detached_state_cuts_the_graph() -> None:
     model = build().train()
     ids = random_ids(2, 4)
-    state = model(ids, use_cache=True).past_key_values
+    state = state_of(model(ids, use_cache=True))
     assert state.hidden.grad_fn is not None
     assert state.detach().hidden.grad_fn is None and state.detach().cell.grad_fn is None
     assert torch.equal(state_tensors(state.detach()), state_tensors(state))
@@ -272,18 +289,18 @@ def test_padding_leaves_no_trace(with_state: bool, use_cache: bool) -> None:
     model = build()
     mask = torch.tensor(MASK)
     ids = random_ids(5, 6)
-    start = model(random_ids(5, 3, seed=2)).past_key_values if with_state else None
-    output = model(ids, attention_mask=mask, past_key_values=start, use_cache=use_cache)
-    assert (output.past_key_values is not None) == use_cache
+    start = state_of(model(random_ids(5, 3, seed=2))) if with_state else None
+    output = model(ids, attention_mask=mask, **{STATE_NAME: start}, use_cache=use_cache)
+    assert (state_of(output) is not None) == use_cache
     for row in range(5):
         tokens = mask[row].bool()
         row_state = LSTMState(start.hidden[:, [row]], start.cell[:, [row]]) if start is not None else None
         if tokens.any():
-            alone = model(ids[row : row + 1, tokens], past_key_values=row_state)
+            alone = model(ids[row : row + 1, tokens], **{STATE_NAME: row_state})
             torch.testing.assert_close(output.logits[row, tokens], alone.logits[0], rtol=0, atol=1e-14)
-            row_state = alone.past_key_values
+            row_state = state_of(alone)
         if use_cache:
-            ours = state_tensors(output.past_key_values)[:, :, [row]]
+            ours = state_tensors(state_of(output))[:, :, [row]]
             expected = state_tensors(row_state) if row_state is not None else torch.zeros_like(ours)
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-14)
 
@@ -355,13 +372,13 @@ def test_generation_continues_from_a_state() -> None:
     model = build_talkative()
     ids = random_ids(2, 8)
     expected = greedy_by_hand(model, ids, 6)
-    state = model(ids[:, :5]).past_key_values
+    state = state_of(model(ids[:, :5]))
     lengths = record_lengths(model)
-    assert torch.equal(model.generate(ids, past_key_values=state, max_new_tokens=6), expected)
+    assert torch.equal(model.generate(ids, **{STATE_NAME: state}, max_new_tokens=6), expected)
     assert lengths[0] == 3
     output = model.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
     # The last token is chosen but not yet read.
-    assert output.past_key_values.get_seq_length() == 8 + 6 - 1
+    assert state_of(output).get_seq_length() == 8 + 6 - 1
 
 
 def test_beam_search_with_state_equals_beam_search_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,11 +535,12 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path: Path) -> None:
         report_to="none",
         save_strategy="no",
         use_cpu=True,
-        use_cache=True,  # Trainer would set config.use_cache to False, and no state be returned in evaluation
+        # Trainer would set config.use_cache to False, and no state be returned in evaluation; older ones do not.
+        **({"use_cache": True} if hasattr(TrainingArguments, "use_cache") else {}),
         disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
-    assert model(rows[0]["input_ids"][None]).past_key_values is not None
+    assert state_of(model(rows[0]["input_ids"][None])) is not None
     assert trainer.model_accepts_loss_kwargs  # num_items_in_batch reaches the loss
 
     before = trainer.evaluate()["eval_loss"]

@@ -14,6 +14,7 @@ from image_models import (
     check_reload_is_exact,
     random_images,
 )
+from tiny import CHECKPOINTING
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 
@@ -470,7 +471,7 @@ def test_late_phase_trainer_saves_a_stock_model(tmp_path: Path) -> None:
     assert again(images, labels=labels).loss.item() == pytest.approx(loss, rel=1e-4)
 
 
-def test_gradient_checkpointing_is_refused(tmp_path: Path) -> None:
-    trainer = Trainer(model=build(), args=arguments(tmp_path, gradient_checkpointing=True), train_dataset=rows(4))
+def test_activation_checkpointing_is_refused(tmp_path: Path) -> None:
+    trainer = Trainer(model=build(), args=arguments(tmp_path, **{CHECKPOINTING: True}), train_dataset=rows(4))
     with pytest.raises(ValueError, match="PyramidNetForImageClassification does not support"):
         trainer.train()

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from test_trainer import assert_same, weights_of
 from tiny import Text, gpt2, lstm, trainer
@@ -53,6 +55,11 @@ def assert_same_end(whole: Any, other: Any) -> None:
 
 
 def check_resume(folder: Any, model: Any, config: LatePhaseConfig, save_at: int, **settings: Any) -> None:
+    batch = settings.get("per_device_train_batch_size", 4) * settings.get("gradient_accumulation_steps", 1)
+    epochs, inside = divmod(save_at, settings.get("rows", 64) // batch)
+    if epochs and inside and Version(transformers.__version__) < Version("5"):
+        pytest.skip("Before transformers 5.0 plain Trainer, too, goes on in a later epoch with other rows.")
+
     def new(name: str) -> Any:
         return trainer(folder / name, model(dropout=0.2), config, save_steps=save_at, **{**SETTINGS, **settings})
 

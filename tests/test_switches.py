@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from test_trainer_behaviours import OutOfMemory, Ragged, Stream, pad
-from tiny import MODELS, Text, gpt2, llama, trainer
+from tiny import CHECKPOINTING, MODELS, Text, gpt2, llama, trainer
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
 
@@ -194,15 +194,12 @@ def test_an_overflow_skips_the_whole_cycle(tmp_path) -> None:
 def test_activation_checkpointing(tmp_path, name: str, assignment: str, reentrant: bool) -> None:
     late = config(4, WEIGHTS[name], member_assignment=assignment, init_noise=0.3)
     found = []
-    # Before transformers 5.23 the switch went by its older name.
-    known = hasattr(TrainingArguments, "activation_checkpointing")
-    switch = "activation_checkpointing" if known else "gradient_checkpointing"
-    for settings in ({}, {switch: True, f"{switch}_kwargs": {"use_reentrant": reentrant}}):
+    for settings in ({}, {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}):
         gradients = Gradients()
         run = trained(
             tmp_path, name, late, max_steps=4, learning_rate=0.0, extra={"callbacks": [gradients]}, **settings
         )
-        assert getattr(run.model, f"is_{switch}") == bool(settings)
+        assert getattr(run.model, f"is_{CHECKPOINTING}") == bool(settings)
         found.append(gradients.seen[-1])
     assert list(found[0]) == list(found[1])
     for key, value in found[0].items():

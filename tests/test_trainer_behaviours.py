@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     GPT2LMHeadModel,
-    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -34,6 +33,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
+from hf_latephase.compat import PreTrainedConfig
 
 
 KINDS: dict[str, int | None] = {"Trainer": None, "K=1": 1, "K=3": 3}

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -18,6 +19,10 @@ from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
 
 
 VOCAB = 48
+# The switch's name before transformers 5.23 was the latter.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 # Set to "cuda" by test_cuda.py, also for the processes that it starts.
 DEVICE_VARIABLE = "HF_LATEPHASE_TEST_DEVICE"
 
@@ -95,21 +100,30 @@ def double(model: Any) -> Any:
 MODELS = {"gpt2": gpt2, "llama": llama, "lstm": lstm, "convnet": ConvNet}
 
 
+# Before transformers 5.19 Trainer divides a causal loss by all labels, the first included, which nothing predicts.
+COUNTS_ALL_LABELS = not hasattr(Trainer, "loss_is_scaled_for_ga")
+
+
 class Text(Dataset):
     """Random token rows, the same for the same seed."""
 
     def __init__(self, rows: int, length: int = 8, seed: int = 1) -> None:
         self.ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+        self.labels = self.ids
+        if COUNTS_ALL_LABELS:
+            self.labels = self.ids.clone()
+            self.labels[:, 0] = -100
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
     def batches(self, size: int) -> list[dict[str, torch.Tensor]]:
         """The minibatches of one epoch without shuffling."""
-        return [{"input_ids": rows, "labels": rows} for rows in self.ids.split(size)]
+        pairs = zip(self.ids.split(size), self.labels.split(size), strict=True)
+        return [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
 
 
 def arguments(folder: str | Path, **kwargs: Any) -> TrainingArguments:
@@ -128,7 +142,26 @@ def arguments(folder: str | Path, **kwargs: Any) -> TrainingArguments:
         "max_grad_norm": 0.0,
         "seed": 0,
     }
-    return TrainingArguments(str(folder), **{**defaults, **kwargs})
+    values = {**defaults, **kwargs}
+    if HAS_STRATEGY:
+        return TrainingArguments(str(folder), **values)
+    strategy = values.pop("train_sampling_strategy")
+    args = TrainingArguments(str(folder), group_by_length=strategy == "group_by_length", **values)
+    args.train_sampling_strategy = strategy
+    return args
+
+
+# Before transformers 5.2 Trainer knows no way to leave the rows in order.
+HAS_STRATEGY = hasattr(TrainingArguments, "train_sampling_strategy")
+if not HAS_STRATEGY:
+    shuffled = Trainer._get_train_sampler
+
+    def in_order(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        sampler = shuffled(self, *args, **kwargs)
+        sequential = getattr(self.args, "train_sampling_strategy", None) == "sequential"
+        return SequentialSampler(self.train_dataset) if sequential and sampler is not None else sampler
+
+    Trainer._get_train_sampler = in_order
 
 
 def trainer(
@@ -152,3 +185,13 @@ def trainer(
         **late,
         **(extra or {}),
     )
+
+
+def use_hub(patch: Any, hub: Any) -> None:
+    """Has Trainer talk to `hub`; `patch` is `setattr` or pytest's. Before transformers 5.3 it called functions."""
+    module = transformers.trainer
+    if hasattr(module, "hf_api"):
+        patch(module, "hf_api", lambda *args, **kwargs: hub)
+    else:
+        patch(module, "create_repo", hub.create_repo)
+        patch(module, "upload_folder", hub.upload_folder)

@@ -1,22 +1,34 @@
 """A language model made of one embedding, an LSTM and a linear output, with its configuration and its carried state.
 
 The file stands alone on purpose: `save_pretrained` copies it beside the weights, and
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` then needs torch and transformers only.
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` then needs torch and transformers only
+(4.56.2 or newer).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 
+try:
+    from transformers import PreTrainedConfig
+    from transformers import initialization as init
+except ImportError:  # transformers 4, which asks `_init_weights` only about modules of which something is missing
+    from torch.nn import init  # type: ignore[no-redef]
+    from transformers import PretrainedConfig as PreTrainedConfig
+
+
 HiddenAndCell = tuple[torch.Tensor, torch.Tensor]  # each [num_hidden_layers, B, H]
+
+# What transformers calls a model's memory of the text: `cache` from 5.24 on, `past_key_values` before.
+_STATE_NAMES = ("past_key_values", "cache")
+_STATE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in _STATE_NAMES)
 
 
 class LSTMLMConfig(PreTrainedConfig):
@@ -65,7 +77,7 @@ class LSTMLMConfig(PreTrainedConfig):
 
     model_type = "lstm_lm"
     # The state is no prediction: Trainer must not gather it as if it were logits.
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(_STATE_NAMES)
 
     vocab_size: int = 259
     embedding_size: int = 205
@@ -82,6 +94,14 @@ class LSTMLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.check_values()
+
+    if "__post_init__" not in vars(PreTrainedConfig):  # transformers 4 and 5.0
+
+        def __init__(self, **kwargs: Any) -> None:
+            own = {name: kwargs.pop(name, getattr(type(self), name)) for name in LSTMLMConfig.__annotations__}
+            super().__init__(**kwargs)
+            vars(self).update(own)
+            self.check_values()
 
     def check_values(self) -> None:
         """Raises a `ValueError` if the values do not describe a model. Called here and again when a model is built."""
@@ -102,8 +122,8 @@ class LSTMLMConfig(PreTrainedConfig):
 class LSTMState:
     """
     What the model remembers of the tokens it has read. It stands where attention models keep a `Cache`: forward takes
-    it and returns it as `past_key_values`. Forward never writes into the state it is given, so one state may start
-    several continuations.
+    it and returns it as `cache` (`past_key_values` before transformers 5.24). Forward never writes into the state it
+    is given, so one state may start several continuations.
 
     Args:
         hidden (`torch.Tensor` of shape `(num_hidden_layers, batch_size, hidden_size)`):
@@ -118,9 +138,11 @@ class LSTMState:
     cell: torch.Tensor
     seen_tokens: int = 0
 
-    # Read by `generate`: the state is not of a fixed address, and it cannot be wound back to an earlier token.
+    # Read by `generate`: the state is not of a fixed address, it cannot be wound back to an earlier token, and it
+    # counts the tokens it has read (a memory whose every layer `is_linear` does not).
     is_compileable: ClassVar[bool] = False
     is_croppable: ClassVar[bool] = False
+    is_linear: ClassVar[tuple[bool]] = (False,)
 
     @property
     def batch_size(self) -> int:
@@ -153,9 +175,11 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
     >>> from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
 
     >>> model, input_ids = LSTMForCausalLM(LSTMLMConfig(hidden_size=16)), torch.randint(3, 259, (1, 200))
-    >>> first = model(input_ids[:, :100], use_cache=True)
-    >>> second = model(input_ids[:, 100:], past_key_values=first.past_key_values)
+    >>> first, state = model(input_ids[:, :100], use_cache=True).to_tuple()
+    >>> second, _ = model(input_ids[:, 100:], cache=state, use_cache=True).to_tuple()
     ```
+
+    Before transformers 5.24 the output calls its state `past_key_values`, which the model also takes.
 
     In training mode a state is returned only if `use_cache=True` is passed, and it carries its graph: pass on
     `state.detach()` for truncated backpropagation through time.
@@ -211,11 +235,12 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: LSTMState | None = None,
+        cache: LSTMState | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: LSTMState | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         r"""
@@ -226,7 +251,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
                 1 for tokens, 0 for padding, wherever in the row it lies. Padding leaves the state as it was, and its
                 logits say nothing. A mask longer than the input is read from its end. Looking for padding waits for
                 the device: leave the mask out when there is none.
-            past_key_values ([`LSTMState`], *optional*):
+            cache ([`LSTMState`], *optional*):
                 The state to start from, as returned by an earlier call.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
                 Embeddings to use in place of those of `input_ids`.
@@ -236,13 +261,16 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
                 Whether to return the state. Defaults to `config.use_cache`, in training mode to `False`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute the logits of that many last positions, or of the positions in this index; 0 means all.
+            past_key_values ([`LSTMState`], *optional*):
+                `cache`, by the name that `generate` gives it before transformers 5.24.
             return_dict (`bool`, *optional*):
                 Whether to return a [`~modeling_outputs.CausalLMOutputWithPast`] or a tuple.
             kwargs (`dict`, *optional*):
                 Passed to the loss: `num_items_in_batch`, `shift_labels`.
 
         Returns:
-            [`~modeling_outputs.CausalLMOutputWithPast`] whose `past_key_values` is an [`LSTMState`] or `None`.
+            [`~modeling_outputs.CausalLMOutputWithPast`] whose `cache` (before transformers 5.24:
+            `past_key_values`) is an [`LSTMState`] or `None`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -251,11 +279,15 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds.shape[1] == 0:
             raise ValueError("The input has no tokens: its sequence length is 0.")
         if past_key_values is not None:
-            _check_state(past_key_values, batch_size=inputs_embeds.shape[0])
+            if cache is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one state: pass one of them.")
+            cache = past_key_values
+        if cache is not None:
+            _check_state(cache, batch_size=inputs_embeds.shape[0])
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
 
-        outputs, last = self._read(self.dropout(inputs_embeds), attention_mask, past_key_values, need_last=use_cache)
+        outputs, last = self._read(self.dropout(inputs_embeds), attention_mask, cache, need_last=use_cache)
 
         # -0 is 0, so that 0 keeps every position.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -267,10 +299,10 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
 
         state = None
         if use_cache and last is not None:
-            seen_tokens = past_key_values.seen_tokens if past_key_values is not None else 0
+            seen_tokens = cache.seen_tokens if cache is not None else 0
             state = LSTMState(*last, seen_tokens + inputs_embeds.shape[1])
         # transformers types the field as its own Cache; `generate` asks only for what LSTMState has.
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=state)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_STATE_NAME: state})  # type: ignore[arg-type]
 
     def _read(
         self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None, past: LSTMState | None, need_last: bool
@@ -327,11 +359,9 @@ def _last_columns(attention_mask: torch.Tensor, shape: torch.Size) -> torch.Tens
 def _check_state(state: LSTMState, batch_size: int) -> None:
     """Raises a `ValueError` unless `state` is the state of `batch_size` sequences."""
     if not isinstance(state, LSTMState):
-        raise ValueError(
-            f"`past_key_values` must be the `LSTMState` returned by an earlier call, got {type(state).__name__}."
-        )
+        raise ValueError(f"The state must be the `LSTMState` returned by an earlier call, got {type(state).__name__}.")
     if state.batch_size != batch_size:
-        raise ValueError(f"`past_key_values` holds {state.batch_size} sequences, but the input has {batch_size}.")
+        raise ValueError(f"The state holds {state.batch_size} sequences, but the input has {batch_size}.")
 
 
 __all__ = ["LSTMForCausalLM", "LSTMLMConfig", "LSTMState"]

@@ -2,7 +2,7 @@
 
 The file stands alone on purpose: `save_pretrained` copies it beside the weights, and
 `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` then needs torch and transformers
-only.
+(4.56.2 or newer) only.
 """
 
 import math
@@ -11,10 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
+
+
+try:
+    from transformers import PreTrainedConfig
+    from transformers import initialization as init
+except ImportError:  # transformers 4, which asks `_init_weights` only about modules of which something is missing
+    from torch.nn import init  # type: ignore[no-redef]
+    from transformers import PretrainedConfig as PreTrainedConfig
 
 
 class PyramidNetConfig(PreTrainedConfig):
@@ -39,7 +46,7 @@ class PyramidNetConfig(PreTrainedConfig):
         num_labels (`int`, *optional*, defaults to 10):
             Number of classes. Given by `id2label` where that is passed.
         kwargs (*optional*):
-            As in [`~transformers.PreTrainedConfig`], `id2label` and `label2id` for example.
+            As in transformers' configurations, `id2label` and `label2id` for example.
 
     Raises:
         `ValueError`: If the values do not describe a network.
@@ -67,6 +74,16 @@ class PyramidNetConfig(PreTrainedConfig):
             kwargs.setdefault("num_labels", 10)  # transformers' own default is 2
         super().__post_init__(**kwargs)
         self.check_values()
+
+    if "__post_init__" not in vars(PreTrainedConfig):  # transformers 4 and 5.0
+
+        def __init__(self, **kwargs: Any) -> None:
+            own = {name: kwargs.pop(name, getattr(type(self), name)) for name in PyramidNetConfig.__annotations__}
+            if kwargs.get("id2label") is None:
+                kwargs.setdefault("num_labels", 10)
+            super().__init__(**kwargs)
+            vars(self).update(own)
+            self.check_values()
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved. transformers would leave two unnamed classes out, as its default, and ours would return."""

@@ -26,11 +26,19 @@ def is_norm_layer(module: nn.Module) -> bool:
     """
     if isinstance(module, KINDS):
         return True
-    if next(module.children(), None) is not None:
-        return False
     parameters = list(module.parameters(recurse=False))
+    return _is_leaf_named_norm(module) and bool(parameters) and all(p.ndim == 1 for p in parameters)
+
+
+def has_no_weights(module: nn.Module) -> bool:
+    """Tells whether `module` normalises and neither scales nor shifts, as in OLMo and nanochat."""
+    parameters = next(module.parameters(), None)
+    return parameters is None and (isinstance(module, KINDS) or _is_leaf_named_norm(module))
+
+
+def _is_leaf_named_norm(module: nn.Module) -> bool:
     named_norm = re.search(r"norm", type(module).__name__, re.IGNORECASE) is not None
-    return named_norm and bool(parameters) and all(p.ndim == 1 for p in parameters)
+    return named_norm and next(module.children(), None) is None
 
 
 def eligible(module: nn.Module) -> list[str]:

@@ -240,6 +240,8 @@ def _usable(
 ) -> list[Target]:
     """Drops tied and frozen tensors that a default chose, and refuses those that the user asked for."""
     if not found:
+        if family == "norm":
+            _refuse_norms_without_weights(modules)
         raise ValueError(
             f"weights={family!r}: the model has no layer of this family to replicate ({_what(family)}). "
             "Choose another family in `weights`, or check target_modules and exclude_modules."
@@ -272,6 +274,15 @@ def _usable(
     if family == "full" and any("tied" in reason for reason in reasons):
         raise ValueError(f"weights=['full']: {reasons[0]}. Untie the model first (config.tie_word_embeddings=False).")
     return usable
+
+
+def _refuse_norms_without_weights(modules: dict[str, nn.Module]) -> None:
+    bare = sorted({type(module).__name__ for module in modules.values() if norm.has_no_weights(module)})
+    if bare and not any(norm.eligible(module) for module in modules.values()):
+        raise ValueError(
+            f"weights='norm': the model's normalisation layers ({', '.join(bare)}) have no weights to replicate. Use "
+            "weights=['rank1'], or another family."
+        )
 
 
 def _is_frozen(target: Target, modules: dict[str, nn.Module]) -> bool:

@@ -1,0 +1,150 @@
+"""All that depends on a release: transformers 4.56.2, torch 2.6 or newer. Each piece names the floor that ends it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+RELEASE = Version(transformers.__version__)
+_Trainer: Any = object  # what comes behind in a trainer's bases
+FSDP2_TORCH = "2.13"  # before, updates with FSDP2 differ from those of one process by 3e-8 (seen with 2.7.1 and 2.9.1)
+TESTED_TRANSFORMERS = "5.24"  # the newest that all tests have passed with
+
+
+def warn_of_newer() -> None:
+    """Says once that the installed transformers is newer than what has been tested."""
+    if RELEASE.release[:2] > Version(TESTED_TRANSFORMERS).release:
+        logger.warning_once(
+            f"transformers {RELEASE} is newer than {TESTED_TRANSFORMERS}, the newest that"
+            " hf_latephase has been tested with. If something fails, install that one."
+        )
+
+
+# transformers 5.0.
+PreTrainedConfig: Any = getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)
+# What models call their memory of the text. transformers 5.24: `cache`.
+STATE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def state_name(model: nn.Module) -> str:
+    """What a model calls its memory: as its release of transformers does, unless its code is older."""
+    parameters = inspect.signature(model.forward).parameters
+    return "past_key_values" if "past_key_values" in parameters and "cache" not in parameters else STATE_NAME
+
+
+LOOP_HAS_HOOKS = hasattr(Trainer, "_run_epoch")
+
+
+class _LoopHooks(_Trainer):
+    """Calls the hooks of Trainer's newer loop from the older one, which is a single method. transformers 5.3."""
+
+    _loss_since_log: Tensor
+    _run_trial: Any = None
+    _sync_gradients = True
+
+    def _inner_training_loop(self, batch_size: Any = None, args: Any = None, **kwargs: Any) -> Any:
+        self.accelerator.clip_grad_norm_ = lambda *_: self._with_own_norm(self._clip_grad_norm)
+        try:
+            return super()._inner_training_loop(batch_size, args, **kwargs)
+        finally:
+            del self.accelerator.clip_grad_norm_
+            self.__dict__.pop("training_step", None)
+
+    def _with_own_norm(self, hook: Any) -> Any:
+        self.accelerator.gradient_state._set_sync_gradients(self._sync_gradients)  # the loop has set it since
+        redirected = self.accelerator.__dict__.pop("clip_grad_norm_")
+        try:
+            return hook(self.model_wrapped)
+        finally:
+            self.accelerator.clip_grad_norm_ = redirected
+
+    def _norm_without_clipping(self) -> None:
+        if not self.args.max_grad_norm:
+            self._with_own_norm(self._get_grad_norm)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._sync_gradients = self.accelerator.sync_gradients
+        return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step < self.state.max_steps:
+            return super().get_batch_samples(*args, **kwargs)
+        self.control.should_training_stop = True
+        return [], None
+
+    @property
+    def _tr_loss(self) -> Tensor:
+        return self._loss_since_log
+
+    @_tr_loss.setter
+    def _tr_loss(self, carried: Tensor) -> None:
+        # The loop's own sum is a local variable, zero by now: its first term brings the rest along.
+        def training_step(*args: Any, **kwargs: Any) -> Tensor:
+            del self.training_step
+            loss = self.training_step(*args, **kwargs)
+            return carried + loss if torch.isfinite(loss) else loss
+
+        self._loss_since_log, self.__dict__["training_step"] = carried, training_step
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._loss_since_log, self._run_trial = tr_loss, args[2]
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:
+        if not self.is_in_train:  # asked for by the end of the loop, which deletes all but the best
+            self._finalize_training(self._run_trial)
+        return super()._sorted_checkpoints(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> None:
+        pass
+
+
+class _PushHook(_Trainer):
+    """Says that an upload in the background begins, of which no callback is told. transformers 5.0."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        is_free = self.push_in_progress is None or self.push_in_progress.is_done() or self.args.hub_always_push
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and is_free:
+            self._publishing.begin()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+class _LossHook(_Trainer):
+    """Divides by the accumulation steps what `compute_loss_func` returns, if told to. transformers 5.19."""
+
+    loss_is_scaled_for_ga: bool | None = None
+    _loss_shifts_labels = False  # Trainer counts all labels
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        is_undivided = self.loss_is_scaled_for_ga is False and self.compute_loss_func is not None
+        return loss / self.current_gradient_accumulation_steps if is_undivided else loss
+
+
+_LACKING = [_LoopHooks] if not LOOP_HAS_HOOKS else []
+_LACKING += [_LossHook] if not hasattr(Trainer, "loss_is_scaled_for_ga") else []
+_LACKING += [_PushHook] if not hasattr(TrainerCallback, "on_push_begin") else []
+TrainerHooks: Any = type("TrainerHooks", tuple(_LACKING), {})
+
+
+try:
+    from huggingface_hub.utils import httpx
+
+    CONNECTION_ERRORS: tuple[type[Exception], ...] = (httpx.TransportError, ConnectionError)  # the latter: hf_xet's
+except ImportError:  # huggingface_hub 1.0, so transformers 5.0
+    import requests
+
+    CONNECTION_ERRORS = (requests.ConnectionError, requests.Timeout, ConnectionError)
