@@ -65,7 +65,7 @@ class MemberGroups:
             if carrier is not None and carrier is not plain:
                 self._templates.setdefault(carrier, []).append(plain)
         self._optimizer = optimizer
-        self._schedulers = list(_nested(scheduler))
+        self._schedules = list(_nested(scheduler))
         self._settings = [dict(group) for group in groups]
         for templates, plains in self._templates.items():
             self._share(templates, plains)
@@ -90,7 +90,7 @@ class MemberGroups:
                 if name in settings:
                     group[name] = settings[name]
         del groups[before : before + self._num_added]
-        for scheduler in self._schedulers:
+        for scheduler in self._schedules:
             for name in _BY_GROUP:
                 if len(values := vars(scheduler).get(name, [])) >= before + self._num_added:
                     del values[before : before + self._num_added]
@@ -141,7 +141,7 @@ class MemberGroups:
 
     def _follow(self, sources: list[int]) -> None:
         """Gives a schedule, for each group that was added, what it has for the one that it was made from."""
-        for scheduler in self._schedulers:
+        for scheduler in self._schedules:
             for name in _BY_GROUP:
                 values = vars(scheduler).get(name)
                 if isinstance(values, list) and len(values) == len(self._settings):
