@@ -14,13 +14,14 @@ from transformers.utils import logging
 from .averaged_view import AveragedView
 from .averaging import AverageSchedule, WeightAverage
 from .checkpoint import has_state, last_whole_checkpoint
-from .config import LatePhaseConfig, PointsInTraining, resolve_points
+from .config import LatePhaseConfig
 from .cycle import Cycle
 from .ensemble import MemberTable
 from .late_phase import LatePhase
 from .member_evaluation import MemberEvaluation
 from .monitor import MemberMonitor
 from .optimizers import check_elementwise, group_apart, unwrapped
+from .points import PointsInTraining, resolve_points
 from .publishing import Publishing, PublishingMixin
 from .resume import StateKeeper
 from .staging import Staging, keep_only, staging_folder
@@ -105,9 +106,9 @@ class LatePhaseMixin(PublishingMixin):
 
     def _new_average(self) -> WeightAverage | None:
         config = self.late_phase_config
-        if config.swa_start is None and config.ema_decay is None:
+        if not config.averages_over_time:
             return None
-        return WeightAverage(self.late_phase.model, config.ema_decay)
+        return WeightAverage(self.late_phase.model, config.ema_decay, config.ema_memory, config.average_device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names the parameters that decay: those of the plain model, replicated or not. Rank-1 factors never do."""
@@ -199,6 +200,8 @@ class LatePhaseMixin(PublishingMixin):
         """Adds the phase, the members' losses and distance, and the gradient norms to Trainer's training logs."""
         if self.is_in_train and "loss" in logs and "learning_rate" in logs and not self.cycle.is_plain:
             logs.update(self._monitor.summary())
+        if self.is_in_train and self.weight_average is not None:
+            self.weight_average.warn_of_samples_left_out()
         super().log(logs, *args, **kwargs)
 
     # ---- evaluating ----
