@@ -45,6 +45,18 @@ class AveragedView:
                 self._measured_over_time = over_time
             yield
 
+    @property
+    def differs_from_raw(self) -> bool:
+        """Whether there is an average over time and the config asks to evaluate the weights without it, too."""
+        average = self._trainer.weight_average
+        return self._trainer.late_phase_config.evaluate_raw and average is not None and average.num_averaged > 0
+
+    @contextlib.contextmanager
+    def raw(self) -> Iterator[None]:
+        """Context in which the model holds its weights without the average over time; draws no random number."""
+        with _generators_kept(self._trainer.args.device), self.applied(time_averaged=False):
+            yield
+
     def forget(self) -> None:
         """Drops measured statistics, which no longer fit once the weights change."""
         if self._measured_over_time is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -11,6 +12,15 @@ from typing import Any, Literal
 
 CONFIG_NAME = "late_phase_config.json"
 FAMILIES = ("rank1", "norm", "head", "hypernet", "full")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # One member of norm layers adds no parameter: the model trains as without.
+    "ema": {"num_members": 1, "weights": ["norm"], "ema_memory": 0.1},
+    "swa": {"num_members": 1, "weights": ["norm"], "swa_start": 0.75},
+    "finetune": {"num_members": 5, "weights": ["norm"], "late_phase_start": 0.05, "swa_start": 0.1},
+    "paper-lm": {"num_members": 10, "weights": ["rank1"], "base_gradient_scale": 1.0, "swa_start": 0.7},
+    "paper-cifar": {"num_members": 10, "weights": ["norm", "head"], "base_gradient_scale": 1.0},
+}
 
 
 @dataclass
@@ -303,6 +313,42 @@ class LatePhaseConfig:
     def averages_over_time(self) -> bool:
         """Whether SWA or a moving average is asked for, which is then evaluated and saved."""
         return self.swa_start is not None or self.ema_decay is not None or self.ema_memory is not None
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> LatePhaseConfig:
+        """
+        Returns settings that are recommended for a purpose.
+
+        - `"ema"`: plain training and a moving average over the last tenth of training so far (`docs/averaging.md`).
+        - `"swa"`: plain training and the equal average of its last quarter ([arXiv
+          1803.05407](https://arxiv.org/abs/1803.05407)).
+        - `"finetune"`: a transformer on little text, with a constant rate and gradient accumulation over a multiple of
+          five minibatches (`examples/benchmarks/RESULTS.md`).
+        - `"paper-lm"`: the paper's language model, as in `examples/recipes/enwik8_lstm_paper.yaml`.
+        - `"paper-cifar"`: the paper's wide residual network, as in `examples/recipes/cifar10_sgd.yaml`.
+
+        Args:
+            name (`str`):
+                One of these.
+            changes (`Any`):
+                Fields to set otherwise.
+
+        Raises:
+            `ValueError`: If there is no preset of that name.
+
+        Example:
+
+        ```python
+        >>> from hf_latephase import LatePhaseConfig
+
+        >>> LatePhaseConfig.preset("ema", evaluate_raw=True).ema_memory
+        0.1
+
+        ```
+        """
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}: choose one of {sorted(PRESETS)}.")
+        return cls(**(copy.deepcopy(PRESETS[name]) | changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain Python values."""

@@ -21,8 +21,10 @@ from .late_phase import LatePhase
 from .member_evaluation import MemberEvaluation
 from .monitor import MemberMonitor
 from .optimizers import check_elementwise, group_apart, unwrapped
+from .plan import announce
 from .points import PointsInTraining, resolve_points
 from .publishing import Publishing, PublishingMixin
+from .raw_evaluation import tell_which_was_better, with_suffix
 from .resume import StateKeeper
 from .staging import Staging, keep_only, staging_folder
 from .stepping import Stepping
@@ -67,6 +69,7 @@ class LatePhaseMixin(PublishingMixin):
     model_init: Any  # the annotation of Trainer's leaves out that it may be None
     _points: PointsInTraining
     _average_schedule: AverageSchedule
+    _first_figures: dict[str, float]
 
     def __init__(self, *args: Any, late_phase_config: LatePhaseConfig | None = None, **kwargs: Any) -> None:
         self.late_phase_config = late_phase_config or LatePhaseConfig()
@@ -154,6 +157,7 @@ class LatePhaseMixin(PublishingMixin):
             self.weight_average = self._new_average()
             if self.late_phase.released:
                 self._stepping.rejoin()
+        self._first_figures = announce(self)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that was killed after its last save has no step left, of which Trainer would take one more.
@@ -195,11 +199,13 @@ class LatePhaseMixin(PublishingMixin):
         self._stepping.drop_held()
         self._state_keeper.forget()
         self.late_phase.activate(None)
+        tell_which_was_better(self)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the phase, the members' losses and distance, and the gradient norms to Trainer's training logs."""
         if self.is_in_train and "loss" in logs and "learning_rate" in logs and not self.cycle.is_plain:
-            logs.update(self._monitor.summary())
+            logs.update(self._monitor.summary() | self._first_figures)
+            self._first_figures = {}
         if self.is_in_train and self.weight_average is not None:
             self.weight_average.warn_of_samples_left_out()
         super().log(logs, *args, **kwargs)
@@ -224,7 +230,13 @@ class LatePhaseMixin(PublishingMixin):
         """Runs the parent's loop with the averaged weights, or what `evaluate_members` looks at."""
         with self._averaged_view.applied(), self.late_phase.averaged():
             self._member_evaluation.select_member()
-            return super().evaluation_loop(*args, **kwargs)
+            output: Any = super().evaluation_loop(*args, **kwargs)
+        if kwargs.get("description") == "Evaluation" and self._averaged_view.differs_from_raw:
+            # Within the loop, so that both are logged in one entry.
+            with self._averaged_view.raw(), self.late_phase.averaged():
+                raw: Any = super().evaluation_loop(*args, **kwargs)
+            output.metrics.update(with_suffix(raw.metrics))
+        return output
 
     def evaluate_members(
         self,

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.config import PRESETS
 
 
 CONTRACT = {
@@ -160,3 +161,19 @@ def test_recipes(tmp_path) -> None:
     text = parser.format_help()
     for field in dataclasses.fields(LatePhaseConfig):
         assert f"--{field.name}" in text and field.metadata["help"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets(name: str) -> None:
+    config = LatePhaseConfig.preset(name)
+    assert config.to_dict() == CONTRACT | PRESETS[name]
+    assert LatePhaseConfig.preset(name, exclude_modules=["x"], weights=["head"]).weights == ["head"]
+    config.weights.append("hypernet")
+    assert "hypernet" not in LatePhaseConfig.preset(name).weights
+    if name.startswith("paper"):
+        assert config.base_gradient_scale == 1.0
+
+
+def test_no_such_preset() -> None:
+    with pytest.raises(ValueError, match=r"There is no preset 'paper': choose one of \['ema', 'finetune'"):
+        LatePhaseConfig.preset("paper")
