@@ -240,7 +240,11 @@ class AverageSchedule:
     def sample(self, average: WeightAverage, step: int) -> None:
         """Takes the current weights into the average, if it is time."""
         steps, start = step - self.last_step, self._points.average_start
-        if start is None or step < start or (average.num_averaged and steps < self._points.average_every):
+        if average.num_averaged:
+            is_due = steps >= self._points.average_every
+        else:
+            is_due = start is not None and step >= start
+        if not is_due:
             return
         average.update(steps)
         self.last_step = step

@@ -80,7 +80,8 @@ class LatePhaseConfig:
             1212.1824](https://arxiv.org/abs/1212.1824)). 0.1 suits runs of any length; 0.5 is the equal average.
             Excludes `swa_start` and `ema_decay`.
         ema_start (`float`, *optional*):
-            When the moving average takes its first sample. `None`: after the first step.
+            When the moving average takes its first sample. `None`: halfway through training. Until then the weights
+            themselves are evaluated and saved: while the loss falls fast, every average is behind them.
         ema_every (`float`, *optional*):
             Steps between two of its samples. `None`: each update.
         average_device (`str`, *optional*):
@@ -159,7 +160,7 @@ class LatePhaseConfig:
         default=None, metadata={"help": "Memory of a moving average, a share of training so far, at most 0.5."}
     )
     ema_start: float | None = field(
-        default=None, metadata={"help": "Start of the moving average: share of all steps, or steps. None: at once."}
+        default=None, metadata={"help": "Start of the moving average: share of all steps, or steps. None: halfway."}
     )
     ema_every: float | None = field(
         default=None, metadata={"help": "Steps between samples of the moving average. None: each update."}
@@ -319,7 +320,8 @@ class LatePhaseConfig:
         """
         Returns settings that are recommended for a purpose.
 
-        - `"ema"`: plain training and a moving average over the last tenth of training so far (`docs/averaging.md`).
+        - `"ema"`: plain training and a moving average, from halfway on, over the last tenth of the steps since
+          (`docs/averaging.md`).
         - `"swa"`: plain training and the equal average of its last quarter ([arXiv
           1803.05407](https://arxiv.org/abs/1803.05407)).
         - `"finetune"`: a transformer on little text, with a constant rate and gradient accumulation over a multiple of

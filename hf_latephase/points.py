@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from .config import LatePhaseConfig
 
 
+# Before, the loss falls so fast that every average is behind the weights that it averages (docs/averaging.md).
+DEFAULT_EMA_START = 0.5
+
+
 def steps_at(point: float, max_steps: int) -> int:
     """Resolves a share of all steps (below 1) or a number of steps, rounding up as Trainer's warm-up does."""
     return math.ceil(point * max_steps) if point < 1 else int(point)
@@ -39,7 +43,8 @@ def resolve_points(config: LatePhaseConfig, max_steps: int) -> PointsInTraining:
     if not config.averages_over_time:
         return PointsInTraining(start, None, 1)
     name = "ema_start" if config.swa_start is None else "swa_start"
-    point = getattr(config, name) or 0
+    chosen = getattr(config, name)
+    point = DEFAULT_EMA_START if chosen is None else chosen
     average_start = steps_at(point, max_steps)
     if name == "swa_start" and config.num_members > 1 and average_start < start:
         raise ValueError(

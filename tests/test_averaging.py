@@ -93,7 +93,8 @@ def test_closed_forms(kind: str, settings: dict[str, float]) -> None:
     if kind == "swa":
         config = LatePhaseConfig(num_members=1, **({"swa_start": 0.0} | given))
     else:
-        config = LatePhaseConfig(num_members=1, **{kind: 0.7 if kind == "ema_decay" else 0.15}, **given)
+        given = {"ema_start": 0, kind: 0.7 if kind == "ema_decay" else 0.15} | given
+        config = LatePhaseConfig(num_members=1, **given)
     average, path = averaged(config, Walk())
     if kind == "swa":
         expected = weighted(path, dict.fromkeys(sampled, 1.0))
@@ -107,7 +108,7 @@ def test_closed_forms(kind: str, settings: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("memory", [0.05, 0.1, 0.3, 0.5])
 def test_the_mean_age_of_what_is_averaged_is_the_memory(memory: float) -> None:
-    average, path = averaged(LatePhaseConfig(num_members=1, ema_memory=memory), Walk())
+    average, path = averaged(LatePhaseConfig(num_members=1, ema_start=0, ema_memory=memory), Walk())
     weights = polynomial_weights(1, STEPS, memory)
     np.testing.assert_allclose(value_of(average), weighted(path, weights), rtol=0, atol=1e-12)
     age = sum(weight * (STEPS - step) for step, weight in weights.items()) / sum(weights.values())
@@ -118,7 +119,7 @@ def test_the_mean_age_of_what_is_averaged_is_the_memory(memory: float) -> None:
 
 def test_the_first_samples_do_not_linger() -> None:
     """Without a ramp 0.96 of an EMA of 0.999 would be the first sample after 40 steps."""
-    average, path = averaged(LatePhaseConfig(num_members=1, ema_decay=0.999), Walk())
+    average, path = averaged(LatePhaseConfig(num_members=1, ema_start=0, ema_decay=0.999), Walk())
     np.testing.assert_allclose(
         value_of(average), decayed(path, list(range(1, STEPS + 1)), lambda n: (1 + n) / (10 + n)), rtol=0, atol=1e-12
     )
@@ -128,7 +129,7 @@ def test_the_first_samples_do_not_linger() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_averaged_in_float32(dtype: torch.dtype) -> None:
-    config = LatePhaseConfig(num_members=1, ema_memory=0.1)
+    config = LatePhaseConfig(num_members=1, ema_start=0, ema_memory=0.1)
     average, path = averaged(config, Walk(dtype))
     assert {value.dtype for value in average.values.values()} == {torch.float32}
     expected = weighted(path, polynomial_weights(1, STEPS, 0.1))
@@ -138,7 +139,7 @@ def test_half_precision_is_averaged_in_float32(dtype: torch.dtype) -> None:
 # ---- what belongs to an average ----
 
 
-@pytest.mark.parametrize("settings", [{"swa_start": 0.0}, {"ema_memory": 0.1}], ids=str)
+@pytest.mark.parametrize("settings", [{"swa_start": 0.0}, {"ema_memory": 0.1, "ema_start": 0}], ids=str)
 def test_a_parameter_that_begins_to_train_joins(settings: dict[str, float]) -> None:
     model = Walk()
     model.two.requires_grad_(False)
@@ -153,7 +154,9 @@ def test_a_parameter_that_begins_to_train_joins(settings: dict[str, float]) -> N
 def test_a_frozen_parameter_stays() -> None:
     model = Walk()
     average, path = averaged(
-        LatePhaseConfig(num_members=1, ema_memory=0.3), model, lambda step: model.one.requires_grad_(step < 20)
+        LatePhaseConfig(num_members=1, ema_start=0, ema_memory=0.3),
+        model,
+        lambda step: model.one.requires_grad_(step < 20),
     )
     expected = weighted(path, polynomial_weights(1, STEPS, 0.3))
     np.testing.assert_allclose(value_of(average), expected, rtol=0, atol=1e-12)
@@ -167,7 +170,7 @@ def test_a_frozen_parameter_stays() -> None:
 def test_what_was_never_trained_is_not_averaged() -> None:
     model = Walk()
     model.two.requires_grad_(False)
-    average, _ = averaged(LatePhaseConfig(num_members=1, ema_memory=0.3), model)
+    average, _ = averaged(LatePhaseConfig(num_members=1, ema_start=0, ema_memory=0.3), model)
     assert list(average.values) == ["one"]
 
 
@@ -176,7 +179,7 @@ def test_what_was_never_trained_is_not_averaged() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("at", [(1,), (1, 2), (9, 10, 25)], ids=str)
-@pytest.mark.parametrize("settings", [{"swa_start": 0.0}, {"ema_decay": 0.7}], ids=str)
+@pytest.mark.parametrize("settings", [{"swa_start": 0.0}, {"ema_decay": 0.7, "ema_start": 0}], ids=str)
 def test_a_sample_that_is_not_finite_is_left_out(
     settings: dict[str, float], at: tuple[int, ...], bad: float, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,7 +235,7 @@ class Poison(TrainerCallback):
 
 
 def test_a_step_that_is_lost_leaves_an_average_that_can_be_evaluated(tmp_path) -> None:
-    config = LatePhaseConfig(num_members=1, weights=["norm"], ema_memory=0.1)
+    config = LatePhaseConfig(num_members=1, weights=["norm"], ema_memory=0.1, ema_start=0)
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 6}
     run = trainer(tmp_path, gpt2(), config, extra={"callbacks": [Poison(4)]}, **settings)
     run.train()
@@ -247,7 +250,7 @@ def test_on_another_device_it_is_the_same(tmp_path) -> None:
     runs = []
     for device in (None, "cpu"):
         torch.manual_seed(0)
-        config = LatePhaseConfig(num_members=2, weights=["norm"], ema_memory=0.1, average_device=device)
+        config = LatePhaseConfig(num_members=2, weights=["norm"], ema_memory=0.1, ema_start=0.2, average_device=device)
         run = trainer(tmp_path, gpt2(), config, max_steps=12)
         run.train()
         runs.append(weights_of(run.averaged_model()))
@@ -261,6 +264,7 @@ def test_points_of_a_moving_average() -> None:
     with pytest.raises(ValueError, match="ema_start=99 is step 99, but training ends at step 30"):
         resolve_points(LatePhaseConfig(num_members=1, ema_decay=0.9, ema_start=99), 30)
     # One member has no late phase, unless it accumulates from T0 on.
-    assert resolve_points(LatePhaseConfig(num_members=1, ema_decay=0.9), 1).average_start == 0
+    assert resolve_points(LatePhaseConfig(num_members=1, ema_decay=0.9), 1).average_start == 1
+    assert resolve_points(LatePhaseConfig(num_members=1, ema_memory=0.1), 41).average_start == 21
     with pytest.raises(ValueError, match="the late phase would never begin"):
         resolve_points(LatePhaseConfig(num_members=1, ema_decay=0.9, cycle_length=3), 1)

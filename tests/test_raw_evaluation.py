@@ -57,7 +57,7 @@ def test_both_are_evaluated_and_training_does_not_notice(tmp_path, K: int) -> No
 
 def test_datasets_by_name_and_the_best_model(tmp_path) -> None:
     run = run_of(
-        tmp_path, config={"ema_memory": 0.2, "evaluate_raw": True}, load_best_model_at_end=True,
+        tmp_path, config={"ema_memory": 0.2, "ema_start": 0, "evaluate_raw": True}, load_best_model_at_end=True,
         save_strategy="steps", save_steps=3, metric_for_best_model="a_loss",
     )  # fmt: skip
     run.eval_dataset = {"a": Text(4, seed=3), "b": Text(4, seed=4)}
@@ -84,7 +84,7 @@ def test_verdict(average: float, raw: float, greater: bool, words: str) -> None:
 
 def test_the_end_of_training_says_which_was_better(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     # The first weights again and again: an average of a fall from high is worse than its end.
-    run = run_of(tmp_path, config={"ema_memory": 0.5, "evaluate_raw": True}, learning_rate=1e-2)
+    run = run_of(tmp_path, config={"ema_memory": 0.5, "ema_start": 0, "evaluate_raw": True}, learning_rate=1e-2)
     run.train()
     last = [log for log in run.state.log_history if "eval_loss_raw" in log][-1]
     assert last["eval_loss"] > last["eval_loss_raw"]

@@ -19,7 +19,7 @@ MODELS = {"gpt2": gpt2, "lstm": lstm}
 AVERAGES: dict[str, dict[str, Any]] = {
     "none": {},
     "swa": {"swa_start": 8, "swa_every": 2},
-    "ema": {"ema_decay": 0.3},  # past its ramp after three steps
+    "ema": {"ema_decay": 0.3, "ema_start": 0},  # past its ramp after three steps
     "memory": {"ema_memory": 0.2, "ema_start": 4, "ema_every": 2},
 }
 # Of 13 steps, T0 being 5 and an epoch 7: before T0, inside a cycle, at an epoch's end, after SWA began.

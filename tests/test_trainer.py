@@ -136,7 +136,7 @@ def test_one_member_average_is_torchs(tmp_path, kind: str) -> None:
     """With one member this is plain SWA or EMA for a Trainer user, as torch's AveragedModel computes it."""
     torch.manual_seed(0)
     model = gpt2()
-    settings = {"swa_start": 4, "swa_every": 2} if kind == "swa" else {"ema_decay": 0.7}
+    settings = {"swa_start": 4, "swa_every": 2} if kind == "swa" else {"ema_decay": 0.7, "ema_start": 0}
     expected = AveragedModel(gpt2(), multi_avg_fn=get_swa_multi_avg_fn())
 
     class Average(TrainerCallback):
@@ -180,7 +180,7 @@ def test_swa_averages_base_and_members_once_a_cycle(tmp_path) -> None:
 
 
 def test_ema_counts_training_steps_and_restarts_members_at_t0(tmp_path) -> None:
-    config = LatePhaseConfig(num_members=3, weights=["norm"], late_phase_start=4, ema_decay=0.8)
+    config = LatePhaseConfig(num_members=3, weights=["norm"], late_phase_start=4, ema_decay=0.8, ema_start=0)
     run = trainer(tmp_path, gpt2(), config, max_steps=10)
     run.train()
     assert run.weight_average.num_averaged == 4 + 2
