@@ -6,12 +6,14 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+from hf_latephase import LatePhaseConfig
 
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -126,6 +128,24 @@ def check_methods(methods: Iterable[str], known: Sequence[str]) -> None:
             raise ValueError(
                 f"Unknown method {method!r}; did you mean {_nearest(method, known)!r}? Known: {', '.join(known)}."
             )
+
+
+def name_base_gradient_scale(config: LatePhaseConfig, optim: str) -> LatePhaseConfig:
+    """
+    Names `base_gradient_scale` where it is left to the optimizer, so that controls with one member are scaled alike.
+
+    Args:
+        config (`LatePhaseConfig`):
+            The settings.
+        optim (`str`):
+            The `optim` of `TrainingArguments`, of which SGD alone takes steps that grow with the gradients.
+
+    Returns:
+        `LatePhaseConfig`: The settings with the scale.
+    """
+    if config.base_gradient_scale is not None:
+        return config
+    return replace(config, base_gradient_scale=1.0 if optim == "sgd" else 1 / config.num_members)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

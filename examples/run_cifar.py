@@ -37,7 +37,7 @@ import torch
 import torchvision
 import transformers
 from model_arguments import ModelArguments, build_config
-from recipe import check_methods, parse_arguments
+from recipe import check_methods, name_base_gradient_scale, parse_arguments
 from torch import Tensor
 from transformers import AutoModelForImageClassification, TrainingArguments
 from vision import MASKS, MEMBERS, MODEL, Predictions, read_points, save_and_check, train
@@ -46,11 +46,11 @@ from vision_report import ImageResult, score, write_results
 import hf_latephase.models  # noqa: F401  # makes wide_resnet and pyramidnet known to the Auto classes
 from hf_latephase import LatePhaseConfig
 from hf_latephase.compat import PreTrainedConfig
-from hf_latephase.config import steps_at
 from hf_latephase.data.augmentation import DecodedImages, channel_statistics
 from hf_latephase.data.decoding import decode_images
 from hf_latephase.data.vision import DIGITS, PHOTOS, ImageSplits, load_images, load_unlabelled
 from hf_latephase.ensemble import combine_predictions
+from hf_latephase.points import steps_at
 from hf_latephase.weights import find_targets
 
 
@@ -350,6 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (ModelArguments, ImageArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
     *arguments, args = parse_arguments(types, argv, __doc__)
     model, image_arguments, methods, config = arguments
+    config = name_base_gradient_scale(config, args.optim)
     if args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint names one run, and here each method is one. Use --resume.")
     if "swa" in methods.method and config.swa_start is None:
@@ -373,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     images = prepare_images(splits, image_arguments, args.seed, show_progress)
 
     settings = describe_settings(arguments, args)
-    average = "SWA" if config.ema_decay is None else "EMA"
+    average = "EMA" if config.swa_start is None else "SWA"
     watched = f"{len(images.watched)} {images.watched_split} images"
     num_masks = methods.mc_samples if "mc_dropout" in methods.method else 0
     folder, trained, results = Path(args.output_dir), {}, []

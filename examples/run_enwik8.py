@@ -22,7 +22,7 @@ import torch
 import transformers
 from byte_lm import TextTrainer, reload_and_check, sample_text
 from model_arguments import ModelArguments, check_config
-from recipe import check_methods, parse_arguments
+from recipe import check_methods, name_base_gradient_scale, parse_arguments
 from report import Result, plot_curves, write_report
 from torch import nn
 from transformers import (
@@ -37,9 +37,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.config import steps_at
 from hf_latephase.data import BYTE_VOCAB_SIZE, ByteSplits, ByteWindows, encode_bytes, load_bytes
 from hf_latephase.models import LSTMLMConfig
+from hf_latephase.points import steps_at
 from hf_latephase.scoring import Forward, is_recurrent, score_bytes
 
 
@@ -264,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (LanguageModelArguments, DataArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
     *arguments, args = parse_arguments(types, argv, __doc__)
     model_arguments, data, methods, config = arguments
+    config = name_base_gradient_scale(config, args.optim)
     if args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint names one run, and here each method is one. Use --resume.")
 
@@ -271,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     model_config = build_config(model_arguments, data.window)
     configs = method_configs(config, methods.method, model_config)
     settings, note = describe_settings(arguments, args), describe(model_config, data, splits)
-    average = "SWA" if config.ema_decay is None else "EMA"
+    average = "EMA" if config.swa_start is None else "SWA"
     ylabel = f"bits per character, first {min(data.curve_bytes, len(splits.validation))} validation bytes"
     folder, is_main = Path(args.output_dir), args.process_index == 0
     results: list[Result] = []

@@ -23,7 +23,7 @@ import numpy as np
 from byte_lm import TextTrainer, reload_and_check
 from datasets import load_dataset
 from model_arguments import parse_config
-from recipe import parse_arguments
+from recipe import name_base_gradient_scale, parse_arguments
 from report import Result, plot_curves, write_report
 from run_enwik8 import MethodArguments, describe_settings, method_configs
 from torch import nn
@@ -39,8 +39,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_latephase.models  # noqa: F401  # makes the LSTM known to the Auto classes
 from hf_latephase import LatePhaseConfig
-from hf_latephase.config import steps_at
 from hf_latephase.data import TokenWindows, load_bytes
+from hf_latephase.points import steps_at
 from hf_latephase.scoring import Forward, score_bytes
 from hf_latephase.weights import find_targets
 
@@ -217,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (PretrainedArguments, TextArguments, MethodArguments, LatePhaseConfig, TrainingArguments)
     *arguments, args = parse_arguments(types, argv, __doc__)
     pretrained, text, methods, config = arguments
+    config = name_base_gradient_scale(config, args.optim)
     if args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint names one run, and here each method is one. Use --resume.")
     is_main = args.process_index == 0
@@ -237,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(args.device)
     before = {name: score(model, name) for name in SCORED}
     results = [Result("before", 0.0, before, curve=[{"step": 0, "bpc": before["validation"]}])]
-    average, folder = "SWA" if config.ema_decay is None else "EMA", Path(args.output_dir)
+    average, folder = "EMA" if config.swa_start is None else "SWA", Path(args.output_dir)
     for method, method_config in configs.items():
         if is_main:
             print(f"\n== {method} ({len(results)} of {len(configs)})", flush=True)

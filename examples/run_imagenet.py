@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torchvision
 import transformers
-from recipe import check_methods, parse_arguments
+from recipe import check_methods, name_base_gradient_scale, parse_arguments
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments
@@ -38,10 +38,10 @@ from vision_report import ImageResult, score, write_results
 
 import hf_latephase.models  # noqa: F401  # makes wide_resnet and pyramidnet known to the Auto classes
 from hf_latephase import LatePhaseConfig
-from hf_latephase.config import steps_at
 from hf_latephase.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, EncodedImages, imagenet_transform
 from hf_latephase.data.vision import ImageSplits, load_images
 from hf_latephase.ensemble import combine_predictions
+from hf_latephase.points import steps_at
 from hf_latephase.weights import find_targets
 
 
@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (FineTuningArguments, ImageArguments, LatePhaseConfig, TrainingArguments)
     *arguments, args = parse_arguments(types, argv, __doc__)
     tuning, image_arguments, config = arguments
+    config = name_base_gradient_scale(config, args.optim)
     if args.resume_from_checkpoint is not None:
         raise ValueError("resume_from_checkpoint names one run, and here each method is one. Use --resume.")
     lr_points = read_points(tuning.lr_points)
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     names = "seed max_steps num_train_epochs per_device_train_batch_size weight_decay optim optim_args world_size"
     settings |= {name: getattr(args, name) for name in names.split()}
     settings |= {module.__name__: module.__version__ for module in (torch, torchvision, transformers)}
-    average, folder = "SWA" if config.ema_decay is None else "EMA", Path(args.output_dir)
+    average, folder = "EMA" if config.swa_start is None else "SWA", Path(args.output_dir)
     if is_main:
         print(f"\n== {tuning.model} as it is", flush=True)
     network = pretrained.to(args.device).eval()

@@ -69,7 +69,7 @@ class AveragedView:
                 with self._late_phase.attached(), self._replaced(self._raw), self._with_statistics(False):
                     yield
             else:
-                over_time = time_averaged and self._has_average
+                over_time = time_averaged and self.has_average
                 values = self.average.applied() if over_time and self.average else contextlib.nullcontext()
                 with values, self._with_statistics(over_time):
                     yield
@@ -93,10 +93,12 @@ class AveragedView:
             measures (`bool`):
                 Whether statistics may be measured once more, which takes time that an interrupted run has not.
         """
-        if self._has_average and self.average is not None:
-            own = self.average.tensors()
-            self._raw = {name: tensor.detach().clone() for name, tensor in own.items()}
-            for name, value in self.average.values.items():
+        if self.has_average and self.average is not None:
+            own, device = self.average.tensors(), self.average.device
+            values = {name: value for name, value in self.average.values.items() if name in own}
+            # Where the average was, which is not kept twice.
+            self._raw = {name: own[name].detach().to(device or own[name].device, copy=True) for name in values}
+            for name, value in values.items():
                 own[name].copy_(value)
             self.average.values = {}
         if measures:
@@ -110,7 +112,8 @@ class AveragedView:
         self._is_settled = True
 
     @property
-    def _has_average(self) -> bool:
+    def has_average(self) -> bool:
+        """Whether there is an average over time."""
         return self.average is not None and self.average.num_averaged > 0
 
     @contextlib.contextmanager

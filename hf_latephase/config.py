@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -12,14 +13,24 @@ from typing import Any, Literal
 CONFIG_NAME = "late_phase_config.json"
 FAMILIES = ("rank1", "norm", "head", "hypernet", "full")
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # One member of norm layers adds no parameter: the model trains as without.
+    "ema": {"num_members": 1, "weights": ["norm"], "ema_memory": 0.1},
+    "swa": {"num_members": 1, "weights": ["norm"], "swa_start": 0.75},
+    "finetune": {"num_members": 5, "weights": ["norm"], "late_phase_start": 0.05, "swa_start": 0.1},
+    "paper-lm": {"num_members": 10, "weights": ["rank1"], "base_gradient_scale": 1.0, "swa_start": 0.7},
+    "paper-cifar": {"num_members": 10, "weights": ["norm", "head"], "base_gradient_scale": 1.0},
+}
+
 
 @dataclass
 class LatePhaseConfig:
     """
     Configuration of late-phase weights ([arXiv 2007.12927](https://arxiv.org/abs/2007.12927), Algorithm 1).
 
-    Points in training (`late_phase_start`, `swa_start`, `swa_every`) follow the convention of
-    [`~transformers.TrainingArguments`]: a value below 1 is a share of all training steps, any other a number of steps.
+    Points in training (`late_phase_start`, `swa_start`, `swa_every`, `ema_start`, `ema_every`) follow the convention
+    of [`~transformers.TrainingArguments`]: a value below 1 is a share of all training steps, any other a number of
+    steps.
 
     Args:
         num_members (`int`, defaults to 10):
@@ -42,11 +53,12 @@ class LatePhaseConfig:
             Modules to leave alone, written like `target_modules`.
         init_noise (`float`, defaults to 0.0):
             σ0: at T0 each member is the shared value plus `init_noise` · rms(value) · N(0, I).
-        base_gradient_scale (`float`, defaults to 1.0):
-            γ_θ: the base weights' update uses `base_gradient_scale` · Σ_k Δθ_k. 1.0 sums the members' gradients, 1/K
-            averages them. Adam's steps do not depend on the scale of the gradients, but on its change: after a late T0
-            a sum makes them several times larger until the second moment has forgotten the smaller gradients before,
-            some 1/(1 - β2) updates, unless clipping hides it. With Adam take 1/K.
+        base_gradient_scale (`float`, *optional*):
+            γ_θ: the base weights' update uses `base_gradient_scale` · Σ_k Δθ_k. 1.0 sums the members' gradients, as in
+            the paper, 1/K averages them. `None`: 1/K where the optimizer's step does not depend on the gradients'
+            scale, 1.0 where it does (SGD); it is tried out and logged. Steps such as Adam's depend on a change of that
+            scale: after a late T0 a sum makes them several times larger until the second moment has forgotten the
+            smaller gradients before, some 1/(1 - β2) updates, unless clipping hides it.
         member_assignment (`str`, defaults to `"minibatch"`):
             `"minibatch"`: the members take turns, one minibatch each. `"sample"`: the rows of every minibatch are
             dealt out over the members in contiguous blocks and run in one pass.
@@ -58,7 +70,28 @@ class LatePhaseConfig:
         swa_every (`float`, *optional*):
             Steps between two samples of the average. `None`: each update.
         ema_decay (`float`, *optional*):
-            Decay per training step of an exponential moving average over base and members. Excludes `swa_start`.
+            Decay per training step of an exponential moving average over base and members. It is ramped: n training
+            steps after the first sample, which is copied, the step's decay is `min(ema_decay, (1 + n) / (10 + n))`. A
+            sample that stands for several steps (`ema_every`, a cycle after T0) decays by the product of theirs.
+            Excludes `swa_start` and `ema_memory`.
+        ema_memory (`float`, *optional*):
+            Memory of a moving average as a share, at most 0.5, of the training steps since it began: the mean age of
+            what it averages is `ema_memory` times those steps. The decay n steps after the first sample is
+            `n / (n + 1 / ema_memory - 1)` (polynomial-decay averaging, [arXiv
+            1212.1824](https://arxiv.org/abs/1212.1824)). 0.1 suits runs of any length; 0.5 is the equal average.
+            Excludes `swa_start` and `ema_decay`.
+        ema_start (`float`, *optional*):
+            When the moving average takes its first sample. `None`: halfway through training. Until then the weights
+            themselves are evaluated and saved: while the loss falls fast, every average is behind them.
+        ema_every (`float`, *optional*):
+            Steps between two of its samples. `None`: each update.
+        average_device (`str`, *optional*):
+            `"cpu"` keeps the average over time, and the current weights while it is evaluated, off the accelerator.
+            Each sample is then copied there; a larger `ema_every` or `swa_every` makes that rare. `None`: beside the
+            weights.
+        evaluate_raw (`bool`, defaults to `False`):
+            Whether `evaluate()` also reports the weights without the average over time, `eval_loss_raw` beside
+            `eval_loss`, at the cost of a second pass. The end of training says which was better.
         member_weight_decay (`float`, *optional*):
             Weight decay of all late-phase weights from T0 on. `None`: Trainer's rule, as before T0.
         batch_norm_statistics (`str`, defaults to `"running"`):
@@ -111,8 +144,9 @@ class LatePhaseConfig:
         default=None, metadata={"help": "Modules to leave alone, written like target_modules."}
     )
     init_noise: float = field(default=0.0, metadata={"help": "sigma_0, relative to the rms of each tensor."})
-    base_gradient_scale: float = field(
-        default=1.0, metadata={"help": "gamma_theta: 1.0 sums the members' base gradients, 1/K averages them."}
+    base_gradient_scale: float | None = field(
+        default=None,
+        metadata={"help": "gamma_theta: 1.0 sums the members' base gradients, 1/K averages them. None: by optimizer."},
     )
     member_assignment: Literal["minibatch", "sample"] = field(
         default="minibatch", metadata={"help": "Members take turns by minibatch, or share the rows of each batch."}
@@ -122,7 +156,22 @@ class LatePhaseConfig:
     )
     swa_start: float | None = field(default=None, metadata={"help": "Start of SWA: share of all steps, or steps."})
     swa_every: float | None = field(default=None, metadata={"help": "Steps between SWA samples. None: each update."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of an EMA over base and members."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay per step of a ramped moving average."})
+    ema_memory: float | None = field(
+        default=None, metadata={"help": "Memory of a moving average, a share of training so far, at most 0.5."}
+    )
+    ema_start: float | None = field(
+        default=None, metadata={"help": "Start of the moving average: share of all steps, or steps. None: halfway."}
+    )
+    ema_every: float | None = field(
+        default=None, metadata={"help": "Steps between samples of the moving average. None: each update."}
+    )
+    average_device: str | None = field(
+        default=None, metadata={"help": "'cpu' keeps the average over time off the accelerator."}
+    )
+    evaluate_raw: bool = field(
+        default=False, metadata={"help": "Evaluate the weights without the average over time, too."}
+    )
     member_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of all late-phase weights from T0 on. None: Trainer's rule."}
     )
@@ -144,10 +193,11 @@ class LatePhaseConfig:
             self._check_patterns(name)
         _check_number("late_phase_start", self.late_phase_start, "a share of all steps (below 1) or a number of steps")
         _check_number("init_noise", self.init_noise, "relative to the rms of each tensor; 0 adds none")
-        if not (_is_finite(self.base_gradient_scale) and self.base_gradient_scale > 0):
+        scale = self.base_gradient_scale
+        if scale is not None and not (_is_finite(scale) and scale > 0):
             raise ValueError(
-                f"base_gradient_scale must be positive and finite, got {self.base_gradient_scale!r}: 1.0 sums the "
-                "members' base gradients, 1/num_members averages them."
+                f"base_gradient_scale must be positive and finite, got {scale!r}: 1.0 sums the members' base "
+                "gradients, 1/num_members averages them. Leave it out to choose by the optimizer."
             )
         if self.member_assignment not in ("minibatch", "sample"):
             raise ValueError(
@@ -224,22 +274,87 @@ class LatePhaseConfig:
                     f"swa_start={self.swa_start} lies before late_phase_start={self.late_phase_start}: the average "
                     "would mix members with the weights that they came from. Start SWA at T0 or later."
                 )
-        if self.swa_every is not None:
-            if self.swa_start is None:
-                raise ValueError("swa_every needs swa_start: set it, or leave both out.")
-            if not (_is_finite(self.swa_every) and self.swa_every > 0):
+        if self.swa_every is not None and self.swa_start is None:
+            raise ValueError("swa_every needs swa_start: set it, or leave both out.")
+        if self.ema_decay is not None and not (_is_finite(self.ema_decay) and 0 < self.ema_decay < 1):
+            raise ValueError(
+                f"ema_decay must lie between 0 and 1 (both excluded), got {self.ema_decay!r}. Leave it out for no "
+                "average; 0.999 is usual."
+            )
+        if self.ema_memory is not None and not (_is_finite(self.ema_memory) and 0 < self.ema_memory <= 0.5):
+            raise ValueError(
+                f"ema_memory must be a share of training so far, above 0 and at most 0.5, got {self.ema_memory!r}. "
+                "0.1 is usual."
+            )
+        averages = [name for name in ("swa_start", "ema_decay", "ema_memory") if getattr(self, name) is not None]
+        if len(averages) > 1:
+            raise ValueError(f"{' and '.join(averages)} exclude each other: choose one average.")
+        if self.ema_start is not None:
+            _check_number("ema_start", self.ema_start, "a share of all steps (below 1) or a number of steps")
+        for name in ("ema_start", "ema_every"):
+            if getattr(self, name) is not None and not {"ema_decay", "ema_memory"} & set(averages):
+                raise ValueError(f"{name} needs ema_decay or ema_memory: set one, or leave {name} out.")
+        for name in ("swa_every", "ema_every"):
+            every = getattr(self, name)
+            if every is not None and not (_is_finite(every) and every > 0):
                 raise ValueError(
-                    f"swa_every must be positive (a share of all steps below 1, or steps), got {self.swa_every!r}. "
+                    f"{name} must be positive (a share of all steps below 1, or steps), got {every!r}. "
                     "Leave it out to average after each update."
                 )
-        if self.ema_decay is not None:
-            if not (_is_finite(self.ema_decay) and 0 < self.ema_decay < 1):
+        if self.average_device not in (None, "cpu"):
+            raise ValueError(
+                f"average_device must be None or 'cpu', got {self.average_device!r}: None keeps the average over time "
+                "beside the weights."
+            )
+        if not isinstance(self.evaluate_raw, bool):
+            raise ValueError(f"evaluate_raw must be True or False, got {self.evaluate_raw!r}.")
+        for name in ("average_device", "evaluate_raw"):
+            if getattr(self, name) and not averages:
                 raise ValueError(
-                    f"ema_decay must lie between 0 and 1 (both excluded), got {self.ema_decay!r}. Leave it out for no "
-                    "average; 0.999 is usual."
+                    f"{name} needs an average over time: set swa_start, ema_decay or ema_memory, or leave {name} out."
                 )
-            if self.swa_start is not None:
-                raise ValueError("swa_start and ema_decay exclude each other: choose one average.")
+
+    @property
+    def averages_over_time(self) -> bool:
+        """Whether SWA or a moving average is asked for, which is then evaluated and saved."""
+        return self.swa_start is not None or self.ema_decay is not None or self.ema_memory is not None
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> LatePhaseConfig:
+        """
+        Returns settings that are recommended for a purpose.
+
+        - `"ema"`: plain training and a moving average, from halfway on, over the last tenth of the steps since
+          (`docs/averaging.md`).
+        - `"swa"`: plain training and the equal average of its last quarter ([arXiv
+          1803.05407](https://arxiv.org/abs/1803.05407)).
+        - `"finetune"`: a transformer on little text, with a constant rate and gradient accumulation over a multiple of
+          five minibatches (`examples/benchmarks/RESULTS.md`).
+        - `"paper-lm"`: the paper's language model, as in `examples/recipes/enwik8_lstm_paper.yaml`.
+        - `"paper-cifar"`: the paper's wide residual network, as in `examples/recipes/cifar10_sgd.yaml`.
+
+        Args:
+            name (`str`):
+                One of these.
+            changes (`Any`):
+                Fields to set otherwise.
+
+        Raises:
+            `ValueError`: If there is no preset of that name.
+
+        Example:
+
+        ```python
+        >>> from hf_latephase import LatePhaseConfig
+
+        >>> LatePhaseConfig.preset("ema", evaluate_raw=True).ema_memory
+        0.1
+
+        ```
+        """
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}: choose one of {sorted(PRESETS)}.")
+        return cls(**(copy.deepcopy(PRESETS[name]) | changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain Python values."""
@@ -284,49 +399,6 @@ class LatePhaseConfig:
             except ValueError as error:
                 raise ValueError(f"{path!r} is not valid JSON ({error}). Save the config again.") from error
         return cls.from_dict(values)
-
-
-def steps_at(point: float, max_steps: int) -> int:
-    """Resolves a share of all steps (below 1) or a number of steps, rounding up as Trainer's warm-up does."""
-    return math.ceil(point * max_steps) if point < 1 else int(point)
-
-
-@dataclass(frozen=True)
-class PointsInTraining:
-    """The points in training of a config, in steps; `swa_start` is `None` without SWA."""
-
-    late_phase_start: int
-    swa_start: int | None
-    swa_every: int
-
-
-def resolve_points(config: LatePhaseConfig, max_steps: int) -> PointsInTraining:
-    """
-    Resolves the points in training for a number of steps.
-
-    Raises:
-        `ValueError`: If one lies outside of training, or SWA would begin before T0.
-    """
-    start = steps_at(config.late_phase_start, max_steps)
-    # Of one member that steps once a minibatch nothing begins at T0.
-    has_late_phase = config.num_members > 1 or (config.cycle_length or 1) > 1
-    if has_late_phase and start >= max_steps:
-        raise ValueError(
-            f"late_phase_start={config.late_phase_start} is step {start}, but training ends at step "
-            f"{max_steps}: the late phase would never begin. Lower it, or train longer."
-        )
-    swa_every = steps_at(config.swa_every or 1, max_steps)
-    if config.swa_start is None:
-        return PointsInTraining(start, None, swa_every)
-    swa_start = steps_at(config.swa_start, max_steps)
-    if config.num_members > 1 and swa_start < start:
-        raise ValueError(
-            f"swa_start={config.swa_start} is step {swa_start}, before late_phase_start="
-            f"{config.late_phase_start}, step {start}. Start SWA at T0 or later."
-        )
-    if swa_start > max_steps:
-        raise ValueError(f"swa_start={config.swa_start} is step {swa_start}, but training ends at step {max_steps}.")
-    return PointsInTraining(start, swa_start, swa_every)
 
 
 def _check_number(name: str, value: float, meaning: str) -> None:

@@ -44,7 +44,7 @@ class Cycle:
         self.num_processes = num_processes
         self.process_index = process_index
         self.by_sample = by_sample
-        length = length or (1 if by_sample else num_members)
+        self.length = length = length or (1 if by_sample else num_members)
         minibatches_per_step = accumulation_steps * num_processes
         self.steps_per_cycle = length // math.gcd(length, minibatches_per_step)
         # Divides a minibatch's mean loss so that it weighs 1/m after the processes' gradients were averaged.

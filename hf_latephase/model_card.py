@@ -21,8 +21,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING
 from transformers.utils import logging
 
-from .config import CONFIG_NAME, LatePhaseConfig, PointsInTraining
+from .config import CONFIG_NAME, LatePhaseConfig
 from .late_phase import LatePhase
+from .points import PointsInTraining
 
 
 logger = logging.get_logger(__name__)
@@ -290,21 +291,27 @@ def _settings(config: LatePhaseConfig, points: PointsInTraining | None, num_aver
     def place(point: float, step: int | None) -> str:
         return f"{point}" if step is None else f"{point}: step {step}"
 
-    start, swa_start, every = (
-        (points.late_phase_start, points.swa_start, points.swa_every) if points is not None else (None, None, None)
+    start, average_start, every = (
+        (points.late_phase_start, points.average_start, points.average_every) if points else (None, None, None)
     )
     settings = {
         "families": ", ".join(config.weights),
         "members (K)": str(config.num_members),
         "late phase from (T0)": place(config.late_phase_start, start),
     }
-    taken = f", {num_averaged} sample{'s' if num_averaged != 1 else ''}" if num_averaged is not None else ""
+
+    def sampled(chosen: float | None) -> str:
+        taken = f", {num_averaged} sample{'s' if num_averaged != 1 else ''}" if num_averaged is not None else ""
+        return ("each update" if chosen is None else f"every {every or chosen} steps") + taken
+
     if config.swa_start is not None:
-        often = "each update" if config.swa_every is None else f"every {every or config.swa_every} steps"
-        settings["SWA from"] = f"{place(config.swa_start, swa_start)}, {often}{taken}"
-    if config.ema_decay is not None:
-        settings["EMA"] = f"decay {config.ema_decay} per step{taken}"
-    named = {"weights", "num_members", "late_phase_start", "swa_start", "swa_every", "ema_decay"}
+        settings["SWA from"] = f"{place(config.swa_start, average_start)}, {sampled(config.swa_every)}"
+    elif config.averages_over_time:
+        begun = f", from {place(config.ema_start, average_start)}" if config.ema_start is not None else ""
+        kind = f"decay {config.ema_decay} per step, ramped" if config.ema_decay else f"memory {config.ema_memory}"
+        settings["EMA"] = f"{kind}{begun}, {sampled(config.ema_every)}"
+    named = {"weights", "num_members", "late_phase_start", "swa_start", "swa_every"}
+    named |= {"ema_decay", "ema_memory", "ema_start", "ema_every"}
     default = LatePhaseConfig().to_dict()
     others = {key: value for key, value in config.to_dict().items() if key not in named and value != default[key]}
     return settings | {f"`{key}`": _shown(value) for key, value in others.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -111,17 +112,40 @@ def _check_settings(optimizer: Optimizer, group: dict[str, Any], device: torch.d
             raise ValueError(_refusal(optimizer, reason))
 
 
+def depends_on_gradient_scale(optimizer: Optimizer, factor: float) -> bool:
+    """
+    Whether an optimizer's steps grow with the gradients, if those are larger by a factor from the beginning.
+
+    Tried out like [`check_elementwise`], without weight decay: SGD's steps grow by the factor, those of Adam, RMSprop
+    or Lion stay what they are.
+    """
+    group = next(group for group in optimizer.param_groups if group["params"])
+    device = group["params"][0].device
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(65, 65, generator=generator).to(device) for _ in range(3))
+    sizes = [
+        (_steps(optimizer, group, [start], [[g * scale] for g in gradients], weight_decay=0.0)[0] - start).norm()
+        for scale in (1.0, factor)
+    ]
+    # Closer to the factor than to 1.
+    return bool(sizes[1] > math.sqrt(factor) * sizes[0])
+
+
 def _steps(
-    optimizer: Optimizer, group: dict[str, Any], tensors: list[Tensor], gradients: list[list[Tensor]]
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    tensors: list[Tensor],
+    gradients: list[list[Tensor]],
+    **changed: float,
 ) -> list[Tensor]:
-    """Returns what a fresh optimizer of the same kind, with the settings of a group, makes of some tensors."""
+    """Returns what a fresh optimizer of the same kind, with a group's settings but those changed, makes of tensors."""
     parameters = [nn.Parameter(t.clone()) for t in tensors]
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
     trial.state = defaultdict(dict)
     # The rate is that of a trial: a warm-up from zero would hide every difference.
-    trial.param_groups = [{**copy.deepcopy(settings), "params": parameters, "lr": 0.1}]
+    trial.param_groups = [{**copy.deepcopy(settings), **changed, "params": parameters, "lr": 0.1}]
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()

@@ -78,7 +78,8 @@ class StateKeeper:
             "cycle": trainer.cycle.state_dict(),
             "steps_per_cycle": trainer.cycle.steps_per_cycle,
             "num_processes": trainer.cycle.num_processes,
-            "num_averaged": average.num_averaged if average is not None else 0,
+            "num_averaged": average.num_averaged - average.num_left_out if average is not None else 0,
+            "average_age": average.age if average is not None else 0,
             "last_averaged": trainer._average_schedule.last_step,
             "last_logged": trainer._globalstep_last_logged,
         }
@@ -143,10 +144,12 @@ class StateKeeper:
         trainer.late_phase.members.released = state["released"]
         if trainer.weight_average is not None:
             own = trainer.weight_average.tensors()
-            trainer.weight_average.num_averaged = state["num_averaged"]
-            trainer.weight_average.values = {
-                name: sharded_like(own[name], value) for name, value in _part(saved.tensors, "average.").items()
-            }
+            trainer.weight_average.load(
+                {name: sharded_like(own[name], value) for name, value in _part(saved.tensors, "average.").items()},
+                state["num_averaged"],
+                # Older checkpoints: their average began with the first step.
+                state.get("average_age", max(state["last_averaged"] - 1, 0)),
+            )
         self._resumed = saved
 
     def resume(self) -> bool:

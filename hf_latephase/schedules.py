@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from .config import steps_at
+from .points import steps_at
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.utils import logging
 
 from .cycle import Cycle
-from .optimizers import FrozenMembers, set_decay, unwrapped
+from .optimizers import FrozenMembers, depends_on_gradient_scale, set_decay, unwrapped
 from .process_statistics import ProcessStatistics
 from .sharding import rows_like
 
@@ -37,6 +37,8 @@ class Stepping:
             The gradients of an unfinished cycle between two steps, by parameter name.
         grad_norm (`torch.Tensor`, *optional*):
             That of the last whole cycle, logged until the next one ends.
+        base_gradient_scale (`float`):
+            γ_θ, chosen by the optimizer when training begins if the config leaves it open.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -48,13 +50,30 @@ class Stepping:
         self._stacks: dict[str, nn.Parameter] = {}
         self.held: dict[str, Tensor] = {}
         self.grad_norm: Tensor | None = None
+        self.base_gradient_scale = 1.0
 
     def begin_training(self) -> None:
         """Takes stock of the parameters, which the trainer has prepared by now, and holds no gradient."""
         late_phase = self._trainer.late_phase
         self._statistics = ProcessStatistics(self._trainer)
         self._base, self._stacks = late_phase.base_parameters(), late_phase.stacks()
+        self.base_gradient_scale = self._resolve_scale()
         self.drop_held()
+
+    def _resolve_scale(self) -> float:
+        config = self._trainer.late_phase_config
+        if config.base_gradient_scale is not None:
+            return float(config.base_gradient_scale)
+        if config.num_members == 1:
+            return 1.0
+        optimizer = unwrapped(self._trainer.optimizer)
+        depends = depends_on_gradient_scale(optimizer, config.num_members)
+        scale = 1.0 if depends else 1 / config.num_members
+        logger.info(
+            f"base_gradient_scale={scale:g}: the steps of {type(optimizer).__name__} "
+            f"{'grow' if depends else 'do not grow'} with the gradients."
+        )
+        return scale
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -226,9 +245,9 @@ class Stepping:
         trainer, late_phase = self._trainer, self._trainer.late_phase
         if not (late_phase.released and trainer.accelerator.sync_gradients):
             return
-        scale = trainer.late_phase_config.base_gradient_scale
-        if scale != 1:
-            torch._foreach_mul_(_gradients(self._base.values()), scale)
+        gradients = _gradients(self._base.values())
+        if gradients and self.base_gradient_scale != 1:  # weights=["full"] leaves no base
+            torch._foreach_mul_(gradients, self.base_gradient_scale)
         absent = trainer.cycle.absent() if self.in_cycles else []
         if absent:
             self._frozen = FrozenMembers(unwrapped(trainer.optimizer), list(self._stacks.values()), absent)

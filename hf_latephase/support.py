@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from transformers.utils import is_peft_available
 
 from .compat import FSDP2_TORCH
-from .config import LatePhaseConfig, resolve_points
+from .config import LatePhaseConfig
+from .points import resolve_points
 from .weights import find_targets
 from .weights.targets import attached_families
 

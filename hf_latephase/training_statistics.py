@@ -33,7 +33,7 @@ def measure_with(trainer: Any) -> dict[str, Tensor]:
         with trainer.compute_loss_context_manager():
             trainer.compute_loss(trainer.model, inputs)
 
-    with _generators_kept(trainer.args.device):
+    with generators_kept(trainer.args.device):
         return measure_statistics(
             trainer.late_phase,
             minibatches,
@@ -44,8 +44,8 @@ def measure_with(trainer: Any) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """Training draws the same numbers whether or not statistics were measured meanwhile."""
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Context after which random numbers go on as if it had not been, so that training draws the same ones."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         # This process's GPU only: left to itself PyTorch warns that it visits all of the machine's.

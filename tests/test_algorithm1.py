@@ -123,7 +123,7 @@ def follow(tmp_path, name: str, weights: list[str], accumulation: int, optimizer
     model = double(MODELS[name]())
     rows = size * accumulation * 20  # whole windows: no epoch ends inside one
     reference = reference_for(model, weights, K, optimizer)
-    config = LatePhaseConfig(num_members=K, weights=weights, late_phase_start=start)
+    config = LatePhaseConfig(num_members=K, weights=weights, late_phase_start=start, base_gradient_scale=1.0)
     run_, averages = run(
         tmp_path, model, config, optimizer, rows=rows, max_steps=max_steps,
         gradient_accumulation_steps=accumulation, per_device_train_batch_size=size,
@@ -159,7 +159,9 @@ def test_sample(tmp_path, name: str, weights: list[str], optimizer: Any) -> None
     accumulation = 2 if name == "llama" else 1
     model = double(MODELS[name]())
     reference = reference_for(model, weights, K, optimizer)
-    config = LatePhaseConfig(num_members=K, weights=weights, late_phase_start=0, member_assignment="sample")
+    config = LatePhaseConfig(
+        num_members=K, weights=weights, late_phase_start=0, member_assignment="sample", base_gradient_scale=1.0
+    )
     run_, averages = run(
         tmp_path, model, config, optimizer, rows=size * accumulation * 25, max_steps=cycles,
         gradient_accumulation_steps=accumulation, per_device_train_batch_size=size,
@@ -189,6 +191,21 @@ def test_gamma_and_clipping(tmp_path, gamma: float, max_norm: float, accumulatio
     for cycle in range(10):
         reference.cycle({k: [batches[(cycle * K + k) % len(batches)]] for k in range(K)})
         assert_close(averages[(cycle + 1) * steps_per_cycle - 1], reference.averaged(), cycle)
+
+
+@pytest.mark.parametrize("K", [5, 10])
+def test_by_default_adams_steps_stay_what_they_are_at_T0(tmp_path, K: int) -> None:
+    """The default γ; of a sum the median step after T0 is several times that before."""
+    model = double(MODELS["gpt2"]())
+    config = LatePhaseConfig(num_members=K, weights=["norm"], late_phase_start=30)
+    run_, averages = run(
+        tmp_path, model, config, (torch.optim.Adam, {"lr": 1e-9}), rows=4 * K, max_steps=36, weight_decay=0.0,
+        gradient_accumulation_steps=K,
+    )  # fmt: skip
+    weights = torch.stack([average["transformer.h.0.mlp.c_fc.weight"] for average in averages])
+    sizes = weights.diff(dim=0).abs().flatten(1).median(dim=1).values
+    assert 1 / 1.2 < (sizes[29:] / sizes[28]).max() < 1.2
+    assert run_._stepping.base_gradient_scale == 1 / K
 
 
 def test_adams_steps_grow_at_T0_unless_gradients_are_averaged(tmp_path) -> None:
@@ -272,7 +289,7 @@ def test_short_window_at_the_end_of_an_epoch(tmp_path, optimizer: Any) -> None:
 def test_unfinished_cycle_at_the_last_step_uses_the_members_it_has(tmp_path) -> None:
     model = double(MODELS["gpt2"]())
     reference = reference_for(model, ["norm"], 4, SGD)
-    config = LatePhaseConfig(num_members=4, weights=["norm"], late_phase_start=0)
+    config = LatePhaseConfig(num_members=4, weights=["norm"], late_phase_start=0, base_gradient_scale=1.0)
     run_, averages = run(tmp_path, model, config, SGD, rows=64, max_steps=6)
     batches = run_.train_dataset.batches(4)
     reference.cycle({k: [batches[k]] for k in range(4)})

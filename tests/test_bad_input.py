@@ -95,6 +95,19 @@ def named(**cases: Any) -> Any:
     ema_above=({"ema_decay": 99.9}, "ema_decay must lie between 0 and 1.*Leave it out"),
     ema_nan=({"ema_decay": math.nan}, "ema_decay must lie between 0 and 1.*Leave it out"),
     ema_and_swa=({"ema_decay": 0.9, "swa_start": 0.7}, "swa_start and ema_decay exclude each other: choose one"),
+    two_emas=({"ema_decay": 0.9, "ema_memory": 0.1}, "ema_decay and ema_memory exclude each other: choose one"),
+    memory_zero=({"ema_memory": 0.0}, "ema_memory must be a share of training so far.*0.1 is usual"),
+    memory_above=({"ema_memory": 0.6}, "ema_memory must be a share of training so far.*0.1 is usual"),
+    memory_nan=({"ema_memory": math.nan}, "ema_memory must be a share of training so far.*0.1 is usual"),
+    ema_start_alone=({"ema_start": 0.5}, "ema_start needs ema_decay or ema_memory: set one, or leave ema_start out"),
+    ema_start_of_swa=({"ema_start": 9, "swa_start": 0.7}, "ema_start needs ema_decay or ema_memory: set one"),
+    ema_start_negative=({"ema_start": -1.0, "ema_memory": 0.1}, "ema_start must be finite and not negative"),
+    ema_every_alone=({"ema_every": 2}, "ema_every needs ema_decay or ema_memory: set one, or leave ema_every out"),
+    ema_every_zero=({"ema_every": 0, "ema_memory": 0.1}, "ema_every must be positive.*Leave it out"),
+    device=({"ema_memory": 0.1, "average_device": "cuda"}, "average_device must be None or 'cpu', got 'cuda'"),
+    device_alone=({"average_device": "cpu"}, "average_device needs an average over time: set swa_start.*leave"),
+    raw_alone=({"evaluate_raw": True}, "evaluate_raw needs an average over time: set swa_start.*leave"),
+    raw_word=({"evaluate_raw": "yes", "ema_memory": 0.1}, "evaluate_raw must be True or False, got 'yes'"),
 )  # fmt: skip
 def test_config(case: tuple[dict[str, Any], str]) -> None:
     values, message = case

@@ -59,7 +59,8 @@ def test_checkpoints_are_sorted_by_number_or_time(tmp_path) -> None:
 def test_fsdp2_is_refused_with_a_torch_whose_updates_differ(monkeypatch) -> None:
     plugin = SimpleNamespace(fsdp_version=2)
     sharded = SimpleNamespace(
-        is_deepspeed_enabled=False, is_fsdp_enabled=True, args=SimpleNamespace(n_gpu=1, max_steps=-1), callback_handler=SimpleNamespace(callbacks=[]),
+        is_deepspeed_enabled=False, is_fsdp_enabled=True, args=SimpleNamespace(n_gpu=1, max_steps=-1),
+        callback_handler=SimpleNamespace(callbacks=[]),
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
     )  # fmt: skip
     for release in (FSDP2_TORCH + ".0+cpu", "3.0"):

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.config import PRESETS
 
 
 CONTRACT = {
@@ -19,12 +20,17 @@ CONTRACT = {
     "target_modules": None,
     "exclude_modules": None,
     "init_noise": 0.0,
-    "base_gradient_scale": 1.0,
+    "base_gradient_scale": None,
     "member_assignment": "minibatch",
     "cycle_length": None,
     "swa_start": None,
     "swa_every": None,
     "ema_decay": None,
+    "ema_memory": None,
+    "ema_start": None,
+    "ema_every": None,
+    "average_device": None,
+    "evaluate_raw": False,
     "member_weight_decay": None,
     "batch_norm_statistics": "running",
 }
@@ -41,6 +47,11 @@ EVERYTHING = {
     "swa_start": 0.7,
     "swa_every": 3.0,
     "ema_decay": None,
+    "ema_memory": None,
+    "ema_start": None,
+    "ema_every": None,
+    "average_device": "cpu",
+    "evaluate_raw": True,
     "member_weight_decay": 0.005,
     "batch_norm_statistics": "recomputed",
 }
@@ -111,6 +122,8 @@ def test_flags() -> None:
     for name, value in EVERYTHING.items():
         assert type(getattr(config, name)) is type(value), name
     assert parse("--ema_decay", "0.99").ema_decay == 0.99
+    moving = parse("--ema_memory", "0.1", "--ema_start", "0.2", "--ema_every", "5", "--evaluate_raw")
+    assert moving == LatePhaseConfig(ema_memory=0.1, ema_start=0.2, ema_every=5.0, evaluate_raw=True)
     assert parse("--swa_start", "700").swa_start == 700.0
     assert parse("--late_phase_start", "0").late_phase_start == 0
     assert parse("--late-phase-start", "12").late_phase_start == 12
@@ -148,3 +161,19 @@ def test_recipes(tmp_path) -> None:
     text = parser.format_help()
     for field in dataclasses.fields(LatePhaseConfig):
         assert f"--{field.name}" in text and field.metadata["help"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets(name: str) -> None:
+    config = LatePhaseConfig.preset(name)
+    assert config.to_dict() == CONTRACT | PRESETS[name]
+    assert LatePhaseConfig.preset(name, exclude_modules=["x"], weights=["head"]).weights == ["head"]
+    config.weights.append("hypernet")
+    assert "hypernet" not in LatePhaseConfig.preset(name).weights
+    if name.startswith("paper"):
+        assert config.base_gradient_scale == 1.0
+
+
+def test_no_such_preset() -> None:
+    with pytest.raises(ValueError, match=r"There is no preset 'paper': choose one of \['ema', 'finetune'"):
+        LatePhaseConfig.preset("paper")

@@ -94,9 +94,14 @@ def numbers(draw: DrawFn) -> dict[str, Any]:
     }
     for name in draw(st.sets(st.sampled_from(sorted(optional)))):
         values[name] = draw(optional[name])
-    average = draw(st.sampled_from(["none", "swa", "ema"]))
+    average = draw(st.sampled_from(["none", "swa", "ema", "memory"]))
     if average == "ema":
         values["ema_decay"] = draw(st.floats(0.001, 0.999))
+    if average == "memory":
+        values["ema_memory"] = draw(st.floats(0.001, 0.5))
+    if average in ("ema", "memory"):
+        values["ema_start"] = draw(st.none() | st.floats(0, 500))
+        values["ema_every"] = draw(st.none() | st.floats(0.01, 50))
     if average == "swa":
         values["swa_start"] = draw(st.floats(start, 0.99) if start < 1 else st.integers(start, 500))
         values["swa_every"] = draw(st.none() | st.floats(0.01, 50))
@@ -222,12 +227,17 @@ BAD: dict[str, SearchStrategy] = {
     "target_modules": not_names,
     "exclude_modules": not_names,
     "init_noise": not_numbers | negative,
-    "base_gradient_scale": not_numbers | negative | st.just(0.0),
+    "base_gradient_scale": not_numbers.filter(lambda value: value is not None) | negative | st.just(0.0),
     "member_assignment": st.sampled_from(["row", "", None, 1, "Sample"]),
     "cycle_length": st.integers(max_value=0) | st.sampled_from(["4", 2.5, True, math.nan]),
     "swa_start": not_numbers.filter(lambda value: value is not None) | negative,
     "swa_every": (not_numbers.filter(lambda value: value is not None) | negative | st.just(0)),
     "ema_decay": not_numbers.filter(lambda value: value is not None) | negative | st.floats(1, 9) | st.just(0.0),
+    "ema_memory": not_numbers.filter(lambda value: value is not None) | negative | st.floats(0.51, 9) | st.just(0.0),
+    "ema_start": not_numbers.filter(lambda value: value is not None) | negative,
+    "ema_every": (not_numbers.filter(lambda value: value is not None) | negative | st.just(0)),
+    "average_device": st.sampled_from(["cuda", "", 0, True, "CPU"]),
+    "evaluate_raw": st.sampled_from(["yes", "", None, 0, 1]),
     "member_weight_decay": not_numbers.filter(lambda value: value is not None) | negative,
     "batch_norm_statistics": st.sampled_from(["mean", "", None, 0, "recomputed"]),
 }
@@ -242,11 +252,13 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str) -> None:
     @given(numbers(), BAD[field])
     @properties
     def check(values: dict[str, Any], bad: Any) -> None:
-        others = {name: value for name, value in values.items() if name not in ("swa_start", "swa_every", "ema_decay")}
+        others = {name: value for name, value in values.items() if not name.startswith(("swa_", "ema_"))}
         if field == "swa_every":
             others["swa_start"] = 1000
         if field in ("weights", "batch_norm_statistics"):  # of one member nothing is copied
             others = {"num_members": 2}
+        if field in ("ema_start", "ema_every"):
+            others["ema_memory"] = 0.1
         with pytest.raises(ValueError, match=field):
             LatePhaseConfig(**others | {field: bad})
 

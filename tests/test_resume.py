@@ -19,7 +19,12 @@ from hf_latephase import LatePhaseConfig
 
 
 MODELS = {"gpt2": gpt2, "lstm": lstm}
-AVERAGES: dict[str, dict[str, Any]] = {"none": {}, "swa": {"swa_start": 8, "swa_every": 2}, "ema": {"ema_decay": 0.9}}
+AVERAGES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "swa": {"swa_start": 8, "swa_every": 2},
+    "ema": {"ema_decay": 0.3, "ema_start": 0},  # past its ramp after three steps
+    "memory": {"ema_memory": 0.2, "ema_start": 4, "ema_every": 2},
+}
 # Of 13 steps, T0 being 5 and an epoch 7: before T0, inside a cycle, at an epoch's end, after SWA began.
 SAVES = (3, 6, 7, 11)
 SETTINGS: dict[str, Any] = {
@@ -80,6 +85,7 @@ CHOICE = [
     ("gpt2", "several steps", "sample", 10, "swa", 11),
     ("gpt2", "one step", "minibatch", 10, "ema", 7),
     ("gpt2", "one step", "sample", 1, "none", 3),
+    ("gpt2", "one step", "minibatch", 1, "memory", 7),
     ("lstm", "several steps", "minibatch", 10, "swa", 7),
     ("lstm", "several steps", "sample", 4, "ema", 3),
     ("lstm", "one step", "minibatch", 4, "swa", 11),

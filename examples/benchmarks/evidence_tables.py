@@ -82,7 +82,7 @@ def ablations(model: str, source: str, target: str, rate: float) -> Table:
 
 BASE, ONE, LATE = ["--method=base"], ["--method=one_member"], ["--method=late_phase"]
 LATE_NORM = [*LATE, "--weights", "norm"]
-SWA, EMA = ["--swa_start=0.1"], ["--ema_decay=0.98"]
+SWA, EMA = ["--swa_start=0.1"], ["--ema_decay=0.98", "--ema_start=0"]
 COSINE, CONSTANT = ["--lr_scheduler_type=cosine"], ["--lr_scheduler_type=constant_with_warmup"]
 SCHEDULE_FREE = ["--method=base", "--lr_scheduler_type=constant", "--optim=schedule_free_adamw"]
 BATCH_ENSEMBLE = [*LATE, "--late_phase_start=0", "--score_members=true"]

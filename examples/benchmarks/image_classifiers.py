@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 RESULTS = Path(__file__).with_name("image_classifiers.json")
 RECIPE = EXAMPLES / "recipes" / "benchmark_cifar.yaml"
 SWA = ["--swa_start=0.8", "--swa_every=0.02"]
-EMA = ["--ema_decay=0.98"]  # per update, as in `evidence_tables.py`
+EMA = ["--ema_decay=0.98", "--ema_start=0"]  # per update, as in `evidence_tables.py`
 # Of one run each; those that share a run stand together.
 GROUPS = (
     ("base", "swa"),

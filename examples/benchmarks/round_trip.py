@@ -145,7 +145,9 @@ class RoundTrip:
     def _late_phase(self, row: Row, model: Any) -> None:
         before = self._logits(model)
         plain = copy.deepcopy(model)  # only now: some change their modules in the first call
-        config = LatePhaseConfig(num_members=MEMBERS, weights=FAMILIES[row.family], late_phase_start=1)
+        config = LatePhaseConfig(
+            num_members=MEMBERS, weights=FAMILIES[row.family], late_phase_start=1, base_gradient_scale=1.0
+        )
         self.stage = "attach"
         try:
             late_phase = LatePhase(model, config)

@@ -168,7 +168,7 @@ class Setting:
             train_sampling_strategy="sequential", dataloader_pin_memory=device == "cuda", bf16=device == "cuda",
         )  # fmt: skip
         config = LatePhaseConfig(
-            num_members=self.num_members, weights=list(self.weights), late_phase_start=0,
+            num_members=self.num_members, weights=list(self.weights), late_phase_start=0, base_gradient_scale=1.0,
             member_assignment="sample" if self.by_sample else "minibatch",
         )  # fmt: skip
         return (LatePhaseTrainer if late else Trainer)(

@@ -1,0 +1,136 @@
+"""Whose model it is: members are on the user's model while it trains, and only then."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .averaged_view import AveragedView
+from .averaging import WeightAverage
+from .compat import TrainerHooks
+from .config import LatePhaseConfig
+from .late_phase import LatePhase
+from .member_evaluation import MemberEvaluation
+from .member_groups import MemberGroups
+from .monitor import MemberMonitor
+from .optimizers import check_elementwise, group_apart, unwrapped
+from .resume import StateKeeper
+from .stepping import Stepping
+from .support import check_adapter, check_callbacks
+from .training_statistics import measure_with
+
+
+class LendingMixin(TrainerHooks):
+    """The part of [`LatePhaseMixin`] that puts members on the model and into the optimizer, and gives both back."""
+
+    late_phase_config: LatePhaseConfig
+    late_phase: LatePhase
+    weight_average: WeightAverage | None
+    model_init: Any  # the annotation of Trainer's leaves out that it may be None
+    optimizer: Any
+    model_wrapped: Any
+    _groups: MemberGroups | None = None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Checks every model that `model_init` makes."""
+        model = super().call_model_init(trial)
+        self._take(model)
+        return model
+
+    def _take(self, model: nn.Module) -> None:
+        """Checks a model, and changes nothing of it."""
+        check_adapter(model, self.late_phase_config, self.args)
+        self.late_phase = LatePhase(model, self.late_phase_config, attach=False)
+        self.weight_average = None
+        self._averaged_view = AveragedView(self.late_phase, None, None)
+        self._member_evaluation = MemberEvaluation(self)
+        self._state_keeper = StateKeeper(self)
+        self._stepping = Stepping(self)
+        self._monitor = MemberMonitor(self)
+
+    def _attach(self) -> None:
+        """Puts the members on the model, unless they are there, and into its optimizer."""
+        if self.late_phase.is_attached:
+            return
+        assert self.model is not None
+        if self.late_phase.model is not self.model:
+            self._take(self.model)
+        check_callbacks(self.callback_handler.callbacks, self.late_phase_config)
+        count = getattr(self.model, "num_parameters", None)
+        self._plain_size: int | None = None if count is None else count(exclude_embeddings=True)
+        # Groups are made on the stock model, whose names, types and shapes they go by.
+        self._decaying = set(super().get_decay_parameter_names(self.model))
+        if self.optimizer is None and not self.is_fsdp_enabled:
+            self.create_optimizer()
+        self.late_phase.attach()
+        if self.optimizer is not None:
+            apart = self.late_phase_config.member_weight_decay is not None
+            optimizer = unwrapped(self.optimizer)
+            self._groups = MemberGroups(optimizer, self.lr_scheduler, self.late_phase, apart)
+            self._check_optimizer(optimizer)
+            # A parent's method may not look whether there is one.
+            self._made_optimizer = self.optimizer
+            self.__dict__["create_optimizer"] = self._give_made_optimizer
+        self.weight_average = self._new_average()
+        self._averaged_view = self._new_view()
+        self.late_phase.rest()
+
+    def _give_made_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        self.optimizer = self._made_optimizer
+        return self._made_optimizer
+
+    def _give_back(self, interrupted: bool) -> None:
+        """Makes the model the stock model that is evaluated and saved."""
+        self.__dict__.pop("create_optimizer", None)
+        if not self.late_phase.is_attached:
+            return
+        self._stepping.drop_held()
+        self._state_keeper.forget()
+        self.late_phase.rest()
+        try:
+            self._averaged_view.settle(measures=not interrupted)
+        finally:
+            if not self.is_fsdp_enabled:  # its shards are those of the attached model
+                if self._groups is not None:
+                    self._groups.leave()
+                self._groups = None
+                model = self.late_phase.detach()
+                if isinstance(self.model_wrapped, DistributedDataParallel):
+                    self.model_wrapped = model  # the wrapper knows the attached model's shapes
+
+    def _new_view(self) -> AveragedView:
+        measured = self.late_phase_config.batch_norm_statistics != "running" and self.train_dataset is not None
+        measure = functools.partial(measure_with, self) if measured else None
+        view = AveragedView(self.late_phase, self.weight_average, measure)
+        self.late_phase.view = view.applied
+        return view
+
+    def _new_average(self) -> WeightAverage | None:
+        config = self.late_phase_config
+        if not config.averages_over_time:
+            return None
+        return WeightAverage(self.late_phase.model, config.ema_decay, config.ema_memory, config.average_device)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names the parameters that decay: those of the plain model, replicated or not. Rank-1 factors never do."""
+        if not self.late_phase.is_attached:
+            return super().get_decay_parameter_names(model)
+        plain = {name: self.late_phase.plain_name(name) for name, _ in model.named_parameters()}
+        return [name for name, plain_name in plain.items() if plain_name in self._decaying]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Creates the parent's optimizer: on the stock model, but for FSDP's, which is attached by then."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.late_phase.is_attached:
+            if self.late_phase_config.member_weight_decay is not None:
+                group_apart(unwrapped(optimizer), self.late_phase.stacks().values())
+            self._check_optimizer(unwrapped(optimizer))
+        return optimizer
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.late_phase.num_members > 1:
+            check_elementwise(optimizer, self.late_phase.stacks().values())
