@@ -25,6 +25,7 @@ from hub_server import READ_TOKEN, TOKEN, USER, Failure, HubServer, running_hub
 from huggingface_hub import CommitInfo, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http
+from packaging.version import Version
 from safetensors.torch import load, load_file
 from transformers import ByT5Tokenizer, Trainer, TrainerCallback
 from transformers.testing_utils import CaptureLogger
@@ -43,6 +44,8 @@ from hf_latephase.publishing import logger as publishing_logger
 
 REPO = f"{USER}/model"
 TOKENIZER_FILES = {"tokenizer_config.json"}
+if Version(transformers.__version__) < Version("5"):
+    TOKENIZER_FILES |= {"special_tokens_map.json"}
 LSTM_FILES = {
     "README.md", "config.json", "generation_config.json", "late_phase_config.json", "model.safetensors",
     "modeling_lstm_lm.py", "training_args.bin",
