@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -143,8 +144,9 @@ TrainerHooks: Any = type("TrainerHooks", tuple(_LACKING), {})
 try:
     from huggingface_hub.utils import httpx
 
+    REFUSAL: Any = HfHubHTTPError
     CONNECTION_ERRORS: tuple[type[Exception], ...] = (httpx.TransportError, ConnectionError)  # the latter: hf_xet's
 except ImportError:  # huggingface_hub 1.0, so transformers 5.0
     import requests
 
-    CONNECTION_ERRORS = (requests.ConnectionError, requests.Timeout, ConnectionError)
+    REFUSAL, CONNECTION_ERRORS = requests.HTTPError, (requests.ConnectionError, requests.Timeout, ConnectionError)

@@ -67,7 +67,10 @@ def layers() -> dict[str, nn.Module]:
     """One instance of each distinct leaf class with vectors as parameters."""
     found = {}
     for (module, name), *_ in definitions().values():
-        layer_class = getattr(importlib.import_module(module), name)
+        try:
+            layer_class = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:  # of tensorflow, by a model of transformers 4
+            continue
         if not issubclass(layer_class, nn.Module):
             continue
         layer = construct(layer_class)
@@ -128,7 +131,7 @@ def close(left: Tensor, right: Tensor) -> bool:
 
 def test_enough_classes_are_found() -> None:
     named = [name for same in definitions().values() for _, name in same]
-    assert len(named) >= 300 and len(definitions()) >= 60
+    assert len(named) >= 280 and len(definitions()) >= 60
     assert len(layers()) >= (40 if Version(transformers.__version__) >= Version("5.23") else 35)  # 5.19: 37
     covered = {name for same in definitions().values() for module, name in same if key_of(same[0]) in layers()}
     assert len(covered) >= 200
