@@ -129,9 +129,13 @@ def close(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.19"),
+    reason="Fewer models, fewer classes: the numbers are of 5.19 on.",
+)
 def test_enough_classes_are_found() -> None:
     named = [name for same in definitions().values() for _, name in same]
-    assert len(named) >= 280 and len(definitions()) >= 60
+    assert len(named) >= 300 and len(definitions()) >= 60
     assert len(layers()) >= (40 if Version(transformers.__version__) >= Version("5.23") else 35)  # 5.19: 37
     covered = {name for same in definitions().values() for module, name in same if key_of(same[0]) in layers()}
     assert len(covered) >= 200
