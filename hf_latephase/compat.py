@@ -51,7 +51,6 @@ LOOP_HAS_HOOKS = hasattr(Trainer, "_run_epoch")
 class _LoopHooks(_Trainer):
     """Calls the hooks of Trainer's newer loop from the older one, which is a single method. transformers 5.3."""
 
-    _loss_since_log: Tensor
     _run_trial: Any = None
     _sync_gradients = True
 
@@ -92,10 +91,9 @@ class _LoopHooks(_Trainer):
 
     @_tr_loss.setter
     def _tr_loss(self, carried: Tensor) -> None:
-        # The loop's own sum is a local variable, zero by now: its first term brings the rest along.
         def training_step(*args: Any, **kwargs: Any) -> Tensor:
             del self.training_step
-            loss = self.training_step(*args, **kwargs)
+            loss = self.training_step(*args, **kwargs)  # first term of the loop's sum, a local variable, zero by now
             return carried + loss if torch.isfinite(loss) else loss
 
         self._loss_since_log, self.__dict__["training_step"] = carried, training_step

@@ -131,7 +131,7 @@ def close(left: Tensor, right: Tensor) -> bool:
 
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.19"),
-    reason="Fewer models, fewer classes: the numbers are of 5.19 on.",
+    reason="Older releases have fewer classes.",
 )
 def test_enough_classes_are_found() -> None:
     named = [name for same in definitions().values() for _, name in same]
