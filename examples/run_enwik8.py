@@ -29,7 +29,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     ByT5Tokenizer,
-    PreTrainedConfig,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -37,6 +36,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.compat import PreTrainedConfig
 from hf_latephase.data import BYTE_VOCAB_SIZE, ByteSplits, ByteWindows, encode_bytes, load_bytes
 from hf_latephase.models import LSTMLMConfig
 from hf_latephase.points import steps_at

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -50,7 +51,6 @@ LOOP_HAS_HOOKS = hasattr(Trainer, "_run_epoch")
 class _LoopHooks(_Trainer):
     """Calls the hooks of Trainer's newer loop from the older one, which is a single method. transformers 5.3."""
 
-    _loss_since_log: Tensor
     _run_trial: Any = None
     _sync_gradients = True
 
@@ -91,10 +91,9 @@ class _LoopHooks(_Trainer):
 
     @_tr_loss.setter
     def _tr_loss(self, carried: Tensor) -> None:
-        # The loop's own sum is a local variable, zero by now: its first term brings the rest along.
         def training_step(*args: Any, **kwargs: Any) -> Tensor:
             del self.training_step
-            loss = self.training_step(*args, **kwargs)
+            loss = self.training_step(*args, **kwargs)  # first term of the loop's sum, a local variable, zero by now
             return carried + loss if torch.isfinite(loss) else loss
 
         self._loss_since_log, self.__dict__["training_step"] = carried, training_step
@@ -143,8 +142,9 @@ TrainerHooks: Any = type("TrainerHooks", tuple(_LACKING), {})
 try:
     from huggingface_hub.utils import httpx
 
+    REFUSAL: Any = HfHubHTTPError
     CONNECTION_ERRORS: tuple[type[Exception], ...] = (httpx.TransportError, ConnectionError)  # the latter: hf_xet's
 except ImportError:  # huggingface_hub 1.0, so transformers 5.0
     import requests
 
-    CONNECTION_ERRORS = (requests.ConnectionError, requests.Timeout, ConnectionError)
+    REFUSAL, CONNECTION_ERRORS = requests.HTTPError, (requests.ConnectionError, requests.Timeout, ConnectionError)

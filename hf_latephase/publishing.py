@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.utils import logging
 
-from .compat import CONNECTION_ERRORS, TrainerHooks
+from .compat import CONNECTION_ERRORS, REFUSAL, TrainerHooks
 from .config import CONFIG_NAME
 from .staging import Staging
 from .trainer_card import write_model_card
@@ -179,7 +179,7 @@ def _remedy(error: BaseException) -> str | None:
     """What to do about an error of the Hub's client, or of what it was caused by; `None` if it is another error."""
     if isinstance(error, OfflineModeIsEnabled):
         return "Unset HF_HUB_OFFLINE to publish."
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, REFUSAL):
         if error.response.status_code in (401, 403):
             return (
                 "The Hub did not get a token that may write there: log in with `hf auth login`, set HF_TOKEN, or pass "

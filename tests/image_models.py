@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 model, info = AutoModelForImageClassification.from_pretrained(
-    "model", trust_remote_code=True, output_loading_info=True
+    "model", dtype="auto", trust_remote_code=True, output_loading_info=True
 )
 assert not any(info.values()), info
 assert type(model).__module__.startswith("transformers_modules."), type(model)
@@ -34,7 +34,7 @@ def random_images(*shape: int, seed: int = 1) -> torch.Tensor:
 
 def check_reload_is_exact(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
-    again, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    again, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True, dtype="auto")
     assert type(again) is type(model)
     assert {name: list(keys) for name, keys in info.items() if keys} == {}
     for name, value in model.state_dict().items():
@@ -48,7 +48,7 @@ def check_missing_weights(model: Any, folder: Path, scale: str, convolution: str
     missing = {scale, "bn.running_mean", "bn.running_var", convolution}
     state_dict = {name: value for name, value in model.state_dict().items() if name not in missing}
     model.save_pretrained(folder, state_dict=dict(state_dict))  # a copy, for it is emptied
-    again, info = type(model).from_pretrained(folder, output_loading_info=True)
+    again, info = type(model).from_pretrained(folder, output_loading_info=True, dtype="auto")
     assert set(info["missing_keys"]) == missing
     found = again.state_dict()
     assert (found[scale] == 1).all() and (found["bn.running_var"] == 1).all()
@@ -62,7 +62,9 @@ def check_missing_weights(model: Any, folder: Path, scale: str, convolution: str
 def check_new_output_layer(model: Any, folder: Path, features: int) -> None:
     """Another number of classes makes a new output layer, over so many features, and nothing else."""
     model.save_pretrained(folder)
-    again = AutoModelForImageClassification.from_pretrained(folder, num_labels=7, ignore_mismatched_sizes=True)
+    again = AutoModelForImageClassification.from_pretrained(
+        folder, dtype="auto", num_labels=7, ignore_mismatched_sizes=True
+    )
     assert again(random_images(2, 3, 8, 8)).logits.shape == (2, 7)
     bound = features**-0.5
     assert 0.9 * bound < again.classifier.weight.abs().max() <= bound and (again.classifier.bias == 0).all()

@@ -341,7 +341,7 @@ MIXING = {
     "torch-Adafactor": (torch.optim.Adafactor, {"lr": 0.01}),
     "Lamb": (Lamb, {}),
     "LBFGS": (torch.optim.LBFGS, {}),
-    "Muon": (torch.optim.Muon, {}),
+    **({"Muon": (torch.optim.Muon, {})} if hasattr(torch.optim, "Muon") else {}),  # torch 2.9
 }
 ELEMENTWISE = {
     "SGD": (torch.optim.SGD, {"lr": 0.01}),

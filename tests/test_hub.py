@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hub_server
+import huggingface_hub.hf_api
 import pytest
 import tiny
 import torch
@@ -23,12 +24,14 @@ import transformers.utils.hub
 from hub_server import READ_TOKEN, TOKEN, USER, Failure, HubServer, running_hub
 from huggingface_hub import CommitInfo, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import _http, httpx
+from huggingface_hub.utils import _http
+from packaging.version import Version
 from safetensors.torch import load, load_file
 from transformers import ByT5Tokenizer, Trainer, TrainerCallback
 from transformers.testing_utils import CaptureLogger
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.compat import CONNECTION_ERRORS
 from hf_latephase.models import (
     PyramidNetConfig,
     PyramidNetForImageClassification,
@@ -41,6 +44,8 @@ from hf_latephase.publishing import logger as publishing_logger
 
 REPO = f"{USER}/model"
 TOKENIZER_FILES = {"tokenizer_config.json"}
+if Version(transformers.__version__) < Version("5"):
+    TOKENIZER_FILES |= {"special_tokens_map.json"}
 LSTM_FILES = {
     "README.md", "config.json", "generation_config.json", "late_phase_config.json", "model.safetensors",
     "modeling_lstm_lm.py", "training_args.bin",
@@ -55,17 +60,23 @@ def server() -> Iterator[HubServer]:
         yield hub
 
 
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    # These remember it. Before transformers 5.3 Trainer uploads with huggingface_hub's own.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+
+
 @pytest.fixture
 def hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     """The empty Hub, which this process's client now takes for the Hub, with nobody logged in."""
     server.clear()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    use_endpoint(monkeypatch, server.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", TEMPLATE.format(server.url))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it would remember the endpoint
     # The client waits longer before each of its five retries.
     monkeypatch.setattr(_http, "time", SimpleNamespace(**(vars(time) | {"sleep": lambda seconds: None})))
     return server
@@ -358,7 +369,7 @@ def test_the_pipelined_upload_of_large_files(hub: HubServer, tmp_path: Path, mon
 # ---- when it goes wrong ----
 
 
-def check_push_fails(trainer: Any, folder: Path, error: type[Exception], *words: str) -> None:
+def check_push_fails(trainer: Any, folder: Path, error: Any, *words: str) -> None:
     """The error says what to do, and everything that was saved is still there."""
     trainer.save_model(_internal_call=True)
     trainer.create_model_card(model_name="model")
@@ -426,18 +437,16 @@ def test_without_a_network(hub: HubServer, tmp_path: Path, monkeypatch: pytest.M
     trainer.train()
     with running_hub() as gone:
         closed = gone.url
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-    monkeypatch.setattr(constants, "ENDPOINT", closed)
-    check_push_fails(trainer, tmp_path / "run", httpx.ConnectError, closed, "cannot be reached", str(tmp_path / "run"))
-    with pytest.raises(httpx.ConnectError) as caught:
+    use_endpoint(monkeypatch, closed)
+    check_push_fails(trainer, tmp_path / "run", CONNECTION_ERRORS, closed, "cannot be reached", str(tmp_path / "run"))
+    with pytest.raises(CONNECTION_ERRORS) as caught:
         lstm_trainer(tmp_path / "other", push_to_hub=True)
     assert "cannot be reached" in caught.value.__notes__[0]
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     check_push_fails(trainer, tmp_path / "run", OfflineModeIsEnabled, "Unset HF_HUB_OFFLINE")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    use_endpoint(monkeypatch, hub.url)
     trainer.push_to_hub()
     assert published(hub).keys() == LSTM_FILES
 

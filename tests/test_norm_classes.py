@@ -67,7 +67,10 @@ def layers() -> dict[str, nn.Module]:
     """One instance of each distinct leaf class with vectors as parameters."""
     found = {}
     for (module, name), *_ in definitions().values():
-        layer_class = getattr(importlib.import_module(module), name)
+        try:
+            layer_class = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:  # of tensorflow, by a model of transformers 4
+            continue
         if not issubclass(layer_class, nn.Module):
             continue
         layer = construct(layer_class)
@@ -126,6 +129,10 @@ def close(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.19"),
+    reason="Older releases have fewer classes.",
+)
 def test_enough_classes_are_found() -> None:
     named = [name for same in definitions().values() for _, name in same]
     assert len(named) >= 300 and len(definitions()) >= 60

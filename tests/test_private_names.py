@@ -55,7 +55,7 @@ SET = {
 }
 ACCELERATES = {"_set_sync_gradients": "the optimizer would step, and DDP reduce, inside of a cycle"}
 # What only compat.py touches, for older releases.
-OLDER = {"_maybe_log_save_evaluate"}
+OLDER = {"_maybe_log_save_evaluate", "_sorted_checkpoints"}
 # Absent from older releases, where compat.py stands in.
 NEWER = {"_run_epoch", "_clip_grad_norm", "_get_grad_norm", "_finalize_training", "_tr_loss"}
 

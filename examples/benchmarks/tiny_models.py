@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto import modeling_auto
+
+from hf_latephase.compat import PreTrainedConfig
 
 
 VOCAB, HIDDEN, HEADS, LAYERS, LABELS = 96, 32, 4, 2, 3
