@@ -37,7 +37,7 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
         )
     if trainer.is_fsdp_enabled and config.average_device is not None:
         raise ValueError(
-            f"average_device={config.average_device!r}: with FSDP the average over time is sharded as the weights are, "
+            f"average_device={config.average_device!r}: with FSDP the average over time is sharded like the weights, "
             "on their device. Leave average_device out."
         )
     if args.n_gpu > 1:
