@@ -136,7 +136,7 @@ def figures(record: dict[str, Any]) -> tuple[dict[str, dict[str, float]], dict[s
         `tuple`: The rows of the table by name, the saved model first; the saved model's figures by split, for the
         model index; and its curve.
     """
-    average = "EMA" if record["late_phase_config"]["ema_decay"] is not None else "SWA"
+    average = "EMA" if record["late_phase_config"]["swa_start"] is None else "SWA"
     rows: dict[str, dict[str, float]] = {}
     splits: dict[str, dict[str, dict[str, float]]] = {}
     for result in record["results"]:

@@ -46,6 +46,11 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
             "FSDP gathers a layer's weights only while that layer runs, but with weights=['hypernet'] layers share "
             "their weight templates. Use DDP, or another family in `weights`."
         )
+    if trainer.is_fsdp_enabled and config.average_device is not None:
+        raise ValueError(
+            f"average_device={config.average_device!r}: with FSDP the average over time is sharded like the weights, "
+            "on their device. Leave average_device out."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             "nn.DataParallel would run one member on all GPUs of this process. Launch one process a GPU with "

@@ -475,3 +475,7 @@ def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: s
         check_supported(fake, LatePhaseConfig())
     fake.is_deepspeed_enabled, fake.args.n_gpu, state.fsdp_plugin.fsdp_version = False, 1, 2
     check_supported(fake, LatePhaseConfig())
+    # Still sharded, if it was.
+    if fake.is_fsdp_enabled:
+        with pytest.raises(ValueError, match="average_device='cpu': with FSDP.*Leave average_device out"):
+            check_supported(fake, LatePhaseConfig(ema_memory=0.1, average_device="cpu"))

@@ -99,9 +99,9 @@ def test_a_card_of_what_was_not_replicated_does_not_claim_it(tmp_path: Path) -> 
     early = tiny.trainer(tmp_path / "early", tiny.gpt2(), config())
     text = card_of(early).text
     assert "nothing has been replicated yet" in text and "2 copies" not in text and "Not evaluated." in text
-    alone = card_of(trained(tmp_path / "alone", config(num_members=1, ema_decay=0.9))).text
+    alone = card_of(trained(tmp_path / "alone", config(num_members=1, ema_decay=0.9, ema_start=0.0))).text
     assert "One member: nothing was replicated." in alone and "copies" not in alone
-    assert "| EMA | decay 0.9 per step, 4 samples |" in alone
+    assert "| EMA | decay 0.9 per step, ramped, from 0.0: step 0, each update, 4 samples |" in alone
 
 
 def test_code_beside_the_weights_is_asked_for(tmp_path: Path) -> None:
