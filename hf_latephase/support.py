@@ -64,8 +64,8 @@ def check_callbacks(callbacks: list[TrainerCallback], config: LatePhaseConfig) -
         `ValueError`: Names the callback.
     """
     for callback in callbacks:
-        name = type(callback).__name__
-        if name in _PLAIN_WEIGHTS and attached_families(config):
+        name = next((base.__name__ for base in type(callback).__mro__ if base.__name__ in _PLAIN_WEIGHTS), None)
+        if name is not None and attached_families(config):
             does, remedy = _PLAIN_WEIGHTS[name]
             raise ValueError(
                 f"TRL's {name} {does} the plain model's weights, which the model has not while it is trained with "
