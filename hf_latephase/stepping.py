@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Stepping:
         # Kept: a walk over all modules takes longer than all else that a step does for its cycle.
         self._base: dict[str, nn.Parameter] = {}
         self._stacks: dict[str, nn.Parameter] = {}
+        # Whether no backward pass was seen that has to be weighed.
+        self._unseen = False
         self.held: dict[str, Tensor] = {}
         self.grad_norm: Tensor | None = None
         self.base_gradient_scale = 1.0
@@ -58,6 +60,8 @@ class Stepping:
         self._statistics = ProcessStatistics(self._trainer)
         self._base, self._stacks = late_phase.base_parameters(), late_phase.stacks()
         self.base_gradient_scale = self._resolve_scale()
+        cycle, steps = self._trainer.cycle, self._trainer.args.gradient_accumulation_steps
+        self._unseen = not cycle.is_plain and (steps > 1 or cycle.loss_divisor != 1)
         self.drop_held()
 
     def _resolve_scale(self) -> float:
@@ -134,15 +138,24 @@ class Stepping:
 
     # ---- one minibatch ----
 
-    def run(self, training_step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def run_first(self, training_step: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Runs a minibatch before T0: as the parent does, but looks once whether its gradients can be weighed."""
+        if not self._unseen:
+            return training_step(*args)
+        with self._weighed_gradients(1.0):
+            return training_step(*args)
+
+    def run(
+        self, training_step: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
         """
-        Runs a minibatch with the member whose turn it is, its loss weighed as the cycle asks.
+        Runs a minibatch with the member whose turn it is, its gradient weighed as the cycle asks.
 
         Args:
             training_step (`Callable`):
                 Trainer's `training_step(model, inputs, num_items_in_batch)`, forward and backward pass.
-            model (`torch.nn.Module`), inputs (`dict[str, Any]`):
-                Its arguments.
+            model (`torch.nn.Module`), inputs (`Any`), num_items_in_batch (`Any`, *optional*):
+                Its arguments; what the inputs are is the trainer's own business.
 
         Returns:
             `torch.Tensor`: The loss on Trainer's scale, on which the losses of a step add up to their mean.
@@ -155,12 +168,15 @@ class Stepping:
         else:
             trainer.late_phase.activate(member)
         self._statistics.count(None if cycle.by_sample else member)
-        with self._synchronised_once_a_cycle(model), self._weighed_loss():
-            loss = training_step(model, inputs, self._own_items(inputs))
+        # A step of the parent's gives each minibatch one part in `steps` of the gradient, a cycle 1 / loss_divisor.
+        steps = trainer.current_gradient_accumulation_steps
+        weighed = self._weighed_gradients(steps / cycle.loss_divisor)
+        with self._synchronised_once_a_cycle(model), self._own_mean(), weighed:
+            loss = training_step(model, inputs, self._own_items(inputs, num_items_in_batch))
         if cycle.rounds == 1 and trainer.args.torch_compile_mode in CUDA_GRAPHS:
             self._copy_gradients()
-        trainer._monitor.add(member, loss, cycle.loss_divisor)
-        return loss * (cycle.loss_divisor / trainer.current_gradient_accumulation_steps)
+        trainer._monitor.add(member, loss, steps)
+        return loss
 
     def _copy_gradients(self) -> None:
         """Takes gradients out of the memory that the next minibatch's CUDA graph writes into."""
@@ -168,29 +184,63 @@ class Stepping:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
 
-    def _own_items(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Counts a minibatch's own targets for `compute_loss_func`; a model averages over them by itself."""
+    def _own_items(self, inputs: Any, num_items_in_batch: Any) -> Any:
+        """What stands for Trainer's count of the targets of a whole step: that of the minibatch, where there is one."""
         trainer = self._trainer
-        labels = inputs.get("shift_labels", inputs.get("labels"))
-        if trainer.compute_loss_func is None or not isinstance(labels, Tensor):
+        # Label smoothing takes the mean by itself.
+        smoothed = trainer.label_smoother is not None and trainer.compute_loss_func is None
+        if num_items_in_batch is None or smoothed:
             return None
-        if trainer._loss_shifts_labels and "shift_labels" not in inputs:
-            labels = labels[..., 1:]
-        # Trainer multiplies the loss by the number of processes when it counts over all of them.
-        processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-        return labels.ne(-100).sum() * processes
+        steps = trainer.current_gradient_accumulation_steps
+        labels = inputs.get("shift_labels", inputs.get("labels")) if isinstance(inputs, Mapping) else None
+        if not isinstance(labels, Tensor):  # counted in a way of the trainer's own
+            items = num_items_in_batch / steps
+        else:
+            if trainer._loss_shifts_labels and "shift_labels" not in inputs:
+                labels = labels[..., 1:]
+            # Trainer multiplies the loss by the number of processes when it counts over all of them.
+            processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+            items = labels.ne(-100).sum() * processes
+        return items * steps if trainer.loss_is_scaled_for_ga else items
 
     @contextlib.contextmanager
-    def _weighed_loss(self) -> Iterator[None]:
-        """Lets Trainer divide each minibatch's mean loss by the cycle's divisor, whoever computed the loss."""
+    def _own_mean(self) -> Iterator[None]:
+        """Has models and Trainer take the mean over the minibatch, unless a loss is on a whole step's scale anyway."""
         trainer = self._trainer
-        steps, scaled = trainer.current_gradient_accumulation_steps, trainer.loss_is_scaled_for_ga
-        trainer.current_gradient_accumulation_steps = trainer.cycle.loss_divisor
-        trainer.loss_is_scaled_for_ga = False
+        scaled, counts = trainer.loss_is_scaled_for_ga, trainer.model_accepts_loss_kwargs
+        if not scaled:
+            trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs = False
         try:
             yield
         finally:
-            trainer.current_gradient_accumulation_steps, trainer.loss_is_scaled_for_ga = steps, scaled
+            trainer.loss_is_scaled_for_ga, trainer.model_accepts_loss_kwargs = scaled, counts
+
+    @contextlib.contextmanager
+    def _weighed_gradients(self, factor: float) -> Iterator[None]:
+        """Multiplies what `accelerator.backward` gets, whoever computed and scaled the loss."""
+        if factor == 1 and not self._unseen:
+            yield
+            return
+        accelerator = self._trainer.accelerator
+        backward, before = accelerator.backward, vars(accelerator).get("backward")
+
+        def weighed(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            self._unseen = False
+            backward(loss if factor == 1 else loss * factor, *args, **kwargs)
+
+        accelerator.backward = weighed
+        try:
+            yield
+        finally:
+            del accelerator.backward
+            if before is not None:
+                accelerator.backward = before
+        if self._unseen:
+            raise ValueError(
+                f"{type(self._trainer).__name__}.training_step runs the backward pass without "
+                "self.accelerator.backward(loss), so with gradient_accumulation_steps > 1 or several processes the "
+                "members' gradients cannot be weighed. Call that, or accumulate over one minibatch."
+            )
 
     @contextlib.contextmanager
     def _synchronised_once_a_cycle(self, model: nn.Module) -> Iterator[None]:

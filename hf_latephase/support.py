@@ -18,6 +18,13 @@ from .weights import find_targets
 from .weights.targets import attached_families
 
 
+# Callbacks that go through the model's parameters one by one.
+_PLAIN_WEIGHTS = {
+    "BEMACallback": ("keeps an average of", "Use ema_decay of LatePhaseConfig, or"),
+    "SyncRefModelCallback": ("mixes the reference model with", "Set sync_ref_model=False, or"),
+}
+
+
 def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
     """
     Refuses a trainer's backend or arguments if they cannot train late-phase weights.
@@ -71,11 +78,13 @@ def check_callbacks(callbacks: list[TrainerCallback], config: LatePhaseConfig) -
         `ValueError`: Names the callback.
     """
     for callback in callbacks:
-        if type(callback).__name__ == "BEMACallback" and attached_families(config):
+        name = next((base.__name__ for base in type(callback).__mro__ if base.__name__ in _PLAIN_WEIGHTS), None)
+        if name is not None and attached_families(config):
+            does, remedy = _PLAIN_WEIGHTS[name]
             raise ValueError(
-                "TRL's BEMACallback keeps an average of the plain model's weights, which the model has not while it "
-                f"is trained with num_members={config.num_members} and weights={config.weights}. Use ema_decay of "
-                "LatePhaseConfig, or num_members=1 with weights=[]."
+                f"TRL's {name} {does} the plain model's weights, which the model has not while it is trained with "
+                f"num_members={config.num_members} and weights={config.weights}. {remedy} num_members=1 with "
+                "weights=[]."
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -141,19 +142,20 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
         self._averaged_view.forget()
         self._stepping.release_if_due(self._points.late_phase_start)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Runs the parent's step with the member whose turn it is, its loss weighed as the cycle asks."""
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Runs the parent's step with the member whose turn it is, its gradient weighed as the cycle asks."""
         if self._stepping.in_cycles:
-            return self._stepping.run(super().training_step, model, inputs)
+            return self._stepping.run(super().training_step, model, inputs, num_items_in_batch)
         self.late_phase.activate(0)
-        return super().training_step(model, inputs, num_items_in_batch)
+        return self._stepping.run_first(super().training_step, model, inputs, num_items_in_batch)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         """Counts those of the plain model: a minibatch passes through one member, however many there are."""
         main_input = getattr(self.model, "main_input_name", "input_ids")
-        if self._plain_size is None or main_input not in inputs:
+        tokens = inputs.get(main_input) if isinstance(inputs, Mapping) else None
+        if self._plain_size is None or not isinstance(tokens, Tensor):
             return 0
-        return int(6 * inputs[main_input].numel() * self._plain_size)
+        return int(6 * tokens.numel() * self._plain_size)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._stepping.norm_and_clip(model, self.args.max_grad_norm)
