@@ -185,7 +185,7 @@ class Stepping:
                 parameter.grad = parameter.grad.clone()
 
     def _own_items(self, inputs: Any, num_items_in_batch: Any) -> Any:
-        """What stands for Trainer's count of the targets of a whole step: that of the minibatch, where there is one."""
+        """What stands for Trainer's count of the targets of a whole step: the minibatch's, where it has targets."""
         trainer = self._trainer
         # Label smoothing takes the mean by itself.
         smoothed = trainer.label_smoother is not None and trainer.compute_loss_func is None
