@@ -390,6 +390,10 @@ class LatePhaseMixin(PublishingMixin):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._state_keeper.load(saved)
 
+    def _load_as_parent(self, folder: str) -> None:
+        """Loads a folder that only the parent can read; the attached model takes the stock model's weights."""
+        super()._load_from_checkpoint(folder)
+
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
         if folder is None or not os.path.isdir(folder) or not has_state(folder):
