@@ -29,7 +29,7 @@ from .optimizers import check_elementwise, check_trained, group_apart, unwrapped
 from .publishing import Publishing, PublishingMixin
 from .resume import StateKeeper
 from .staging import Staging, keep_only, staging_folder
-from .stepping import Stepping
+from .stepping import Stepping, dealt_out
 from .support import check_adapter, check_callbacks, check_supported
 from .training_statistics import measure_with
 
@@ -73,6 +73,11 @@ class LatePhaseMixin(PublishingMixin):
     _points: PointsInTraining
     _average_schedule: AverageSchedule
     _groups: MemberGroups | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "training_step" in vars(cls):
+            cls.training_step = dealt_out(cls.training_step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, late_phase_config: LatePhaseConfig | None = None, **kwargs: Any) -> None:
         self.late_phase_config = late_phase_config or LatePhaseConfig()
@@ -251,10 +256,7 @@ class LatePhaseMixin(PublishingMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Runs the parent's step with the member whose turn it is, its gradient weighed as the cycle asks."""
-        if self._stepping.in_cycles:
-            return self._stepping.run(super().training_step, model, inputs, num_items_in_batch)
-        self.late_phase.activate(0)
-        return self._stepping.run_first(super().training_step, model, inputs, num_items_in_batch)
+        return self._stepping.run(super().training_step, model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Counts those of the plain model: a minibatch passes through one member, however many there are."""

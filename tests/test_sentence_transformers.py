@@ -19,7 +19,8 @@ st = pytest.importorskip("sentence_transformers")
 try:
     from sentence_transformers.sentence_transformer import evaluation, losses, modules
 except ImportError:  # their names before sentence-transformers 6
-    from sentence_transformers import evaluation, losses, models as modules
+    from sentence_transformers import evaluation, losses
+    from sentence_transformers import models as modules
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -144,8 +145,9 @@ def test_one_member_is_the_stock_trainer_to_the_bit(tmp_path, kind: str) -> None
 @pytest.mark.parametrize("kind", ["cosine", "cross"])
 def test_the_best_model_is_loaded(tmp_path, kind: str, save_only_model: bool) -> None:
     run = make(
-        tmp_path, kind, config(2, ["rank1"], init_noise=0.1), eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, load_best_model_at_end=True, save_only_model=save_only_model, learning_rate=0.5,
+        tmp_path, kind, config(2, ["rank1"], init_noise=0.1), eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, load_best_model_at_end=True, save_only_model=save_only_model,
+        learning_rate=0.5,
     )  # fmt: skip
     run.train()
     best = type(run.model)(run.state.best_model_checkpoint, device="cpu")
@@ -161,4 +163,5 @@ def test_the_evaluator_scores_the_averaged_model(tmp_path) -> None:
     run.evaluator = evaluator
     run.train()
     scores = [log for log in run.state.log_history if "eval_pearson_cosine" in log]
-    assert scores[-1]["eval_pearson_cosine"] == pytest.approx(evaluator(run.averaged_model())["pearson_cosine"], abs=1e-6)
+    expected = evaluator(run.averaged_model())["pearson_cosine"]
+    assert scores[-1]["eval_pearson_cosine"] == pytest.approx(expected, abs=1e-6)
