@@ -39,6 +39,7 @@ EXTRAS: dict[str, list[str]] = {
     "dist": ["build", "setuptools>=77", "twine"],
 }
 EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "optuna", "peft", "trl", "nbclient", "ipykernel"]
+EXTRAS["test"] += ["sentence-transformers"]
 EXTRAS["test"] += EXTRAS["examples"] + EXTRAS["vision"] + EXTRAS["dist"]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -186,10 +186,13 @@ class StateKeeper:
         if not stock:
             raise FileNotFoundError(f"The best checkpoint {folder!r} is gone or holds no weights: nothing was loaded.")
         late_phase = self._trainer.late_phase
-        if not all(set(names) & set(stock) for names in self._aliases().values() if names):
-            # Renamed, split or fused on the disk.
-            stock = type(late_phase.model).from_pretrained(folder, dtype="auto").state_dict()  # type: ignore[operator]
-        late_phase.load_averaged_state_dict(stock)
+        if all(set(names) & set(stock) for names in self._aliases().values() if names):
+            late_phase.load_averaged_state_dict(stock)
+        elif hasattr(type(late_phase.model), "from_pretrained"):  # renamed, split or fused on the disk
+            loaded = type(late_phase.model).from_pretrained(folder, dtype="auto")  # type: ignore[operator]
+            late_phase.load_averaged_state_dict(loaded.state_dict())
+        else:
+            self._trainer._load_as_parent(folder)
         if self._trainer.weight_average is not None:
             self._trainer.weight_average.num_averaged = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,17 @@ from .sharding import rows_like
 logger = logging.get_logger(__name__)
 # The modes of torch.compile that record and replay.
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def dealt_out(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Has a subclass's own `training_step` run with the member whose turn it is, be its parent's called or not."""
+
+    @functools.wraps(training_step)
+    def run(self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        own = functools.partial(training_step, self)
+        return self._stepping.run(own, model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+
+    return run
 
 
 class Stepping:
@@ -48,6 +60,7 @@ class Stepping:
         # Kept: a walk over all modules takes longer than all else that a step does for its cycle.
         self._base: dict[str, nn.Parameter] = {}
         self._stacks: dict[str, nn.Parameter] = {}
+        self._is_running = False
         # Whether no backward pass was seen that has to be weighed.
         self._unseen = False
         self.held: dict[str, Tensor] = {}
@@ -138,18 +151,13 @@ class Stepping:
 
     # ---- one minibatch ----
 
-    def run_first(self, training_step: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Runs a minibatch before T0: as the parent does, but looks once whether its gradients can be weighed."""
-        if not self._unseen:
-            return training_step(*args)
-        with self._weighed_gradients(1.0):
-            return training_step(*args)
-
     def run(
         self, training_step: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """
         Runs a minibatch with the member whose turn it is, its gradient weighed as the cycle asks.
+
+        A `training_step` may call that of its parent's, which then comes here again: it is one minibatch all the same.
 
         Args:
             training_step (`Callable`):
@@ -160,6 +168,21 @@ class Stepping:
         Returns:
             `torch.Tensor`: The loss on Trainer's scale, on which the losses of a step add up to their mean.
         """
+        if self._is_running:
+            return training_step(model, inputs, num_items_in_batch)
+        self._is_running = True
+        try:
+            if self.in_cycles:
+                return self._run_in_cycle(training_step, model, inputs, num_items_in_batch)
+            self._trainer.late_phase.activate(0)
+            with self._weighed_gradients(1.0):
+                return training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._is_running = False
+
+    def _run_in_cycle(
+        self, training_step: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items_in_batch: Any
+    ) -> Tensor:
         trainer, cycle = self._trainer, self._trainer.cycle
         self._restore_gradients()
         member = cycle.next_member()
@@ -185,7 +208,7 @@ class Stepping:
                 parameter.grad = parameter.grad.clone()
 
     def _own_items(self, inputs: Any, num_items_in_batch: Any) -> Any:
-        """What stands for Trainer's count of the targets of a whole step: the minibatch's, where it has targets."""
+        """What stands for Trainer's count of the targets of a whole step: that of the minibatch, if there is one."""
         trainer = self._trainer
         # Label smoothing takes the mean by itself.
         smoothed = trainer.label_smoother is not None and trainer.compute_loss_func is None

@@ -26,6 +26,7 @@ from .points import PointsInTraining, resolve_points
 from .publishing import Publishing, PublishingMixin
 from .raw_evaluation import tell_which_was_better, with_suffix
 from .staging import Staging, keep_only, staging_folder
+from .stepping import dealt_out
 from .support import check_supported
 from .training_statistics import generators_kept
 
@@ -66,6 +67,11 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
     _points: PointsInTraining
     _average_schedule: AverageSchedule
     _first_figures: dict[str, float]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "training_step" in vars(cls):
+            cls.training_step = dealt_out(cls.training_step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, late_phase_config: LatePhaseConfig | None = None, **kwargs: Any) -> None:
         self.late_phase_config = late_phase_config or LatePhaseConfig()
@@ -144,10 +150,7 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Runs the parent's step with the member whose turn it is, its gradient weighed as the cycle asks."""
-        if self._stepping.in_cycles:
-            return self._stepping.run(super().training_step, model, inputs, num_items_in_batch)
-        self.late_phase.activate(0)
-        return self._stepping.run_first(super().training_step, model, inputs, num_items_in_batch)
+        return self._stepping.run(super().training_step, model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Counts those of the plain model: a minibatch passes through one member, however many there are."""
@@ -297,6 +300,10 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._state_keeper.load(saved)
+
+    def _load_as_parent(self, folder: str) -> None:
+        """Loads a folder that only the parent can read; the attached model takes the stock model's weights."""
+        super()._load_from_checkpoint(folder)
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
