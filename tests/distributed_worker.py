@@ -83,6 +83,11 @@ def train(task: dict[str, Any]) -> None:
     if "world_size" in task:
         assert run.args.world_size == run.accelerator.num_processes == task["world_size"]
     run.train(resume_from_checkpoint=task.get("resume"))
+    if not task.get("fsdp"):
+        assert list(run.model.state_dict()) == list(MODELS[task["model"]]().state_dict()), "the stock model again"
+        assert run.model is model
+    if task.get("again"):
+        run.train()
     members = list(traffic.members)
     loss = run.evaluate()["eval_loss"]
     table = run.evaluate_members() if task.get("members") else None

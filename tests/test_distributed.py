@@ -104,6 +104,15 @@ def test_two_processes_are_one_that_accumulates(tmp_path, case: str) -> None:
     assert type(reloaded).__name__ == two["class"]
 
 
+def test_a_second_training_on_two_processes(tmp_path) -> None:
+    """DDP wraps a model anew whose parameters have had other shapes meanwhile."""
+    task: dict[str, Any] = {"model": "gpt2", "config": {"num_members": 2, "weights": ["rank1", "norm"]}, "again": True}
+    shared = {"max_steps": 6, "logging_steps": 3}
+    one = launch(tmp_path, "one", None, **task, world_size=1, arguments=shared | {"gradient_accumulation_steps": 2})
+    two = launch(tmp_path, "two", TORCHRUN, **task, world_size=2, arguments=shared)
+    assert_close(two["weights"], one["weights"], 1e-10)
+
+
 @pytest.mark.parametrize("settings", [
     {"num_members": 4, "weights": ["norm", "head"]},
     {"num_members": 2, "weights": ["norm"], "member_assignment": "sample"},
