@@ -83,6 +83,21 @@ def test_frozen_inputs_get_no_gradient(frozen: int) -> None:
     torch.testing.assert_close(gradients, expected, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_under_bfloat16_autocast(dtype: torch.dtype) -> None:
+    """As TRL's trainers run a model that was loaded in half precision."""
+    inputs = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((5, 4), (3, 4), (3,), (4,))]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = rank1_linear(*inputs, None)
+        twins = [value.detach().requires_grad_() for value in inputs]
+        expected = formula(*twins)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    for value, twin in zip(inputs, twins, strict=True):
+        assert value.grad is not None and twin.grad is not None and value.grad.dtype == dtype
+        assert torch.allclose(value.grad.float(), twin.grad.float(), rtol=0.05, atol=0.05 * twin.grad.abs().max())
+
+
 def test_autocast_gives_what_the_formula_gives() -> None:
     given = inputs(dtype=torch.float32)
     results = []

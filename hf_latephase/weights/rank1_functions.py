@@ -114,6 +114,8 @@ def _factor_gradients(product: Tensor, left: Tensor, right: Tensor) -> tuple[Ten
     """The gradients of both factors from `grad ∘ weight`."""
     if product.ndim > left.ndim + 1:
         product = product.flatten(left.ndim + 1).sum(-1)
+    # A float16 model's under bfloat16 autocast is in float32.
+    left, right = left.to(product.dtype), right.to(product.dtype)
     if left.ndim == 1:
         return product @ right, product.T @ left
     return (product @ right.unsqueeze(-1)).squeeze(-1), (left.unsqueeze(-2) @ product).squeeze(-2)
