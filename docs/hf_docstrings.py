@@ -2,7 +2,8 @@
 Lets mkdocstrings read the docstrings of this package: an extension of griffe, named in `mkdocs.yml`.
 
 Hugging Face writes a parameter as ``name (`type`, *optional*):``, an error as `` `ValueError`: ``, and a reference as
-``[`~LatePhase.detach`]``. Griffe's google style takes the first two without the marks, autorefs the third with its full name.
+``[`~LatePhase.detach`]``. Griffe's google style takes the first two without the marks, autorefs the third with its
+full name.
 """
 
 from __future__ import annotations

@@ -102,7 +102,11 @@ def main(path: Path = DRAWING) -> None:
         before(axes, 1.6)
         cycle(axes, 4.3)
         at_the_end(axes, 10.4)
-        for y, name in ((MINIBATCH, "minibatch"), (MEMBER, r"late-phase" "\n" r"weights $\varphi$"), (WEIGHTS, "base\n" r"weights $\theta$")):
+        for y, name in (
+            (MINIBATCH, "minibatch"),
+            (MEMBER, r"late-phase" "\n" r"weights $\varphi$"),
+            (WEIGHTS, "base\n" r"weights $\theta$"),
+        ):
             axes.text(0.0, y, name, ha="left", va="center", color=TEXT, fontsize=10)
         axes.set(xlim=(-0.1, 11.5), ylim=(-0.2, 4.3), aspect="equal")
         axes.axis("off")

@@ -203,7 +203,8 @@ def _label_ends(axes: Axes, curves: Sequence[_Curve]) -> None:
             curve.label, (curve.steps[-1], curve.values[-1]), xytext=(1.06, height), textcoords="axes fraction",
             va="center", color=curve.colour, annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": curve.colour, "linestyle": curve.style, "linewidth": 0.8, "relpos": (0, 0.5),
+                "arrowstyle": "-", "color": curve.colour, "linestyle": curve.style, "linewidth": 0.8,
+                "relpos": (0, 0.5),
             },
         )  # fmt: skip
 

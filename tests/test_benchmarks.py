@@ -107,7 +107,7 @@ def test_a_run_with_ema_adds_its_averages_only() -> None:
     assert names(0.98, "EMA") == [f"{method}, {name}" for method in ("base", "late_phase") for name in averages]
 
 
-def test_a_readme_without_the_mark_is_refused() -> None:
+def test_a_page_without_the_mark_is_refused() -> None:
     with pytest.raises(ValueError, match="has no line '<!-- here -->'"):
         with_table("text", "here", "table")
 

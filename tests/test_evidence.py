@@ -253,8 +253,8 @@ def test_what_is_said_of_fine_tuning_is_what_the_figures_say(name, late, chosen,
     means = [f"{statistics.mean(rows[row]['test']):.3f}" for row in (late, control, "base, linear decay, SWA")]
     pattern = r"{}, the strongest control {} \([^)]*\), SWA of linear decay {}".format(*map(re.escape, means))
     assert re.search(pattern, words)
-    # docs/results.md: ahead, by an interval without zero, of the plain rows on both texts, on Django of the strongest one,
-    # though by little; on enwik6 behind or level with a little dropout, and level with half as many updates.
+    # docs/results.md: ahead, by an interval without zero, of the plain rows on both texts, on Django of the strongest
+    # one, though by little; on enwik6 behind or level with a little dropout, and level with half as many updates.
     differences = {row: evidence.difference(rows[row]["test"], rows[late]["test"]) for row in rows}
     for row in PLAIN:
         mean, width = differences[row]

@@ -242,7 +242,7 @@ def report() -> str:
 
 
 def compared() -> list[tuple[str, str, str, dict[str, Any]]]:
-    """Of each table its title, the control that is best on test, the late-phase row that is best on validation; rows."""
+    """Of each table: its title, the best control on test, the best late-phase row on validation, all rows."""
     found = []
     for name, record in recorded().items():
         table, rows = TABLES[name], record["rows"]
