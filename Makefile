@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow test-gpu test-newest test-oldest test-window constraints quality style dist
+.PHONY: venv demo test test-slow test-gpu test-newest test-oldest test-window constraints quality style docs dist
 
 venv: $(STAMP)
 
@@ -56,6 +56,10 @@ quality: venv
 style: venv
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# Into site/; a link or a reference that leads nowhere is an error.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # What would be published. build/ is made anew: setuptools packs whatever an earlier build left there.
 dist: venv

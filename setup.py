@@ -35,19 +35,20 @@ EXTRAS: dict[str, list[str]] = {
     "examples": ["matplotlib", "pyyaml", "scikit-learn", "scipy"],
     # torchvision imports only beside the torch of its own release: install the two in one command.
     "vision": ["torchvision", "timm", "pillow"],
-    "quality": ["ruff", "mypy", "types-PyYAML"],
+    "quality": ["ruff", "mypy", "types-PyYAML", "pre-commit"],
+    "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]"],
     "dist": ["build", "setuptools>=77", "twine"],
 }
 EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "optuna", "peft", "trl", "nbclient", "ipykernel"]
 EXTRAS["test"] += ["sentence-transformers"]
-EXTRAS["test"] += EXTRAS["examples"] + EXTRAS["vision"] + EXTRAS["dist"]
+EXTRAS["test"] += EXTRAS["examples"] + EXTRAS["vision"] + EXTRAS["dist"] + EXTRAS["docs"]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 README = Path(__file__).parent / "README.md"
 
 setup(
     name="hf_latephase",
-    version="0.1.0.dev0",
+    version="0.1.0",
     description="Late-phase weights (ICLR 2021) for the Trainer of Hugging Face transformers",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",

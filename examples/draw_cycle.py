@@ -1,5 +1,5 @@
 """
-Draws a cycle for the README: which weights a minibatch sees, and who steps when.
+Draws a cycle for README and documentation: which weights a minibatch sees, and who steps when.
 
     python examples/draw_cycle.py               # writes docs/cycle.svg
     python examples/draw_cycle.py cycle.png     # or another file
@@ -21,8 +21,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 
 
 DRAWING = Path(__file__).resolve().parents[1] / "docs" / "cycle.svg"
-MEMBERS = ("#d95f02", "#1b9e77", "#7570b3")
-BASE, SHARED, TEXT = "#4a4a4a", "#9a9a9a", "#202020"
+MEMBERS = ("#0072b2", "#d55e00", "#007d5a")  # told apart by colour-blind people, too
+BASE, SHARED, TEXT = "#4a4a4a", "#767676", "#202020"
 # Rows, from the top: minibatches, members, base.
 MINIBATCH, MEMBER, WEIGHTS = 3.0, 1.9, 0.8
 
@@ -71,7 +71,7 @@ def before(axes: Axes, x: float) -> None:
 
 def cycle(axes: Axes, x: float) -> None:
     """Draws a cycle of three minibatches, each with its own member, after which base and members step."""
-    heading(axes, x - 0.5, x + 4.5, "one cycle after T0 (K = 3)")
+    heading(axes, x - 0.5, x + 4.5, "one cycle after T0 (K = 3 members)")
     for k, color in enumerate(MEMBERS):
         box(axes, x + k, MINIBATCH, f"$M_{k + 1}$", color, filled=False)
         box(axes, x + k, MEMBER, rf"$\varphi_{k + 1}$", color)
@@ -79,33 +79,18 @@ def cycle(axes: Axes, x: float) -> None:
         arrow(axes, (x + k, MEMBER - 0.25), (x + k, WEIGHTS + 0.25), color, dashed=True)
         axes.text(x + k + 0.08, 1.35, rf"$\Delta\theta_{k + 1}$", color=color, fontsize=10, va="center")
     box(axes, x + 1, WEIGHTS, r"$\theta$: the same for all three", BASE, width=2.8)
-    axes.text(
-        x + 3.5,
-        MEMBER,
-        r"$\varphi_k \leftarrow U_\varphi(\varphi_k,\ \Delta\varphi_k)$",
-        color=TEXT,
-        ha="center",
-        va="center",
-    )
-    axes.text(
-        x + 3.5,
-        WEIGHTS,
-        r"$\theta \leftarrow U_\theta(\theta,\ \gamma_\theta \Sigma_k \Delta\theta_k)$",
-        color=TEXT,
-        ha="center",
-        va="center",
-    )
-    axes.text(x + 3.5, 0.1, "step", ha="center", va="center", color=TEXT, fontsize=9)
+    for y, text in ((MEMBER, "each member steps\nby its own gradient"), (WEIGHTS, "the base steps\nby all gradients")):
+        axes.text(x + 3.6, y, text, color=TEXT, ha="center", va="center", fontsize=10)
+    axes.text(x + 1, 0.1, "one step after all three minibatches", ha="center", va="center", color=TEXT, fontsize=9)
 
 
 def at_the_end(axes: Axes, x: float) -> None:
     """Draws the saved model."""
     heading(axes, x - 0.9, x + 0.9, "at the end")
     for k, color in enumerate(MEMBERS):
-        box(axes, x + 0.6 * (k - 1), MINIBATCH, rf"$\varphi_{k + 1}$", color, width=0.45)
-        arrow(axes, (x + 0.6 * (k - 1), MINIBATCH - 0.25), (x + 0.15 * (k - 1), MEMBER + 0.25), color)
-    box(axes, x, MEMBER, r"$\bar{\varphi}$ = mean", SHARED, width=1.3)
-    box(axes, x, WEIGHTS, r"$\theta$", BASE, width=1.3)
+        box(axes, x + 0.6 * (k - 1), MEMBER, rf"$\varphi_{k + 1}$", color, width=0.45)
+        arrow(axes, (x + 0.6 * (k - 1), MEMBER - 0.25), (x + 0.3 * (k - 1), WEIGHTS + 0.25), color)
+    box(axes, x, WEIGHTS, r"$\theta$, mean of $\varphi_k$", BASE, width=1.9)
     axes.text(x, 0.1, "one stock model", ha="center", va="center", color=TEXT, fontsize=9)
 
 
@@ -117,7 +102,11 @@ def main(path: Path = DRAWING) -> None:
         before(axes, 1.6)
         cycle(axes, 4.3)
         at_the_end(axes, 10.4)
-        for y, name in ((MINIBATCH, "minibatch"), (MEMBER, "late-phase\nweights"), (WEIGHTS, "base\nweights")):
+        for y, name in (
+            (MINIBATCH, "minibatch"),
+            (MEMBER, r"late-phase" "\n" r"weights $\varphi$"),
+            (WEIGHTS, "base\n" r"weights $\theta$"),
+        ):
             axes.text(0.0, y, name, ha="left", va="center", color=TEXT, fontsize=10)
         axes.set(xlim=(-0.1, 11.5), ylim=(-0.2, 4.3), aspect="equal")
         axes.axis("off")

@@ -14,6 +14,12 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: the machine may have no display
 
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+
+# Of Okabe and Ito: colour-blind people tell them apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
 @dataclass
@@ -100,7 +106,7 @@ def plot_curves(
     results: Sequence[Result], average: str, late_phase_start: int, ylabel: str, path: Path, measure: str = "bpc"
 ) -> None:
     """
-    Plot the curves of all methods, with T0 marked.
+    Plot the curves of all methods: the whole of training, and beside it the late phase enlarged.
 
     Args:
         results (`Sequence[Result]`):
@@ -116,24 +122,114 @@ def plot_curves(
         measure (`str`, defaults to `"bpc"`):
             What the points of the curves call it; less is better. With `_averaged` behind it: averaged over time.
     """
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for index, result in enumerate(results):
-        colour = f"C{index}"
-        axes.plot(*_line(result.curve, measure), color=colour, label=result.method)
-        if result.averaged_scores is not None:
-            averaged = _line(result.curve, f"{measure}_averaged")
-            axes.plot(*averaged, color=colour, linestyle="--", label=f"{result.method}, {average}")
-    axes.axvline(late_phase_start, color="grey", linestyle=":", label="T0")
-    # The first points lie far above all others and would flatten what the plot is about.
-    values = sorted(point[measure] for result in results for point in result.curve)
-    if values:
-        axes.set_ylim(top=values[int(0.9 * (len(values) - 1))] * 1.02)
-    axes.set_xlabel("training step")
-    axes.set_ylabel(ylabel)
-    axes.legend()
-    axes.grid(alpha=0.3)
+    figure = draw_curves(results, average, late_phase_start, ylabel, measure)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_curves(
+    results: Sequence[Result], average: str, late_phase_start: int, ylabel: str, measure: str = "bpc"
+) -> Figure:
+    """
+    Draw what [`plot_curves`] writes, with its arguments.
+
+    Returns:
+        `Figure`: Training as a whole and, if the curves go on for two points from T0 on, the late phase beside it.
+    """
+    curves = _curves(results, average, measure)
+    late = any(sum(step >= late_phase_start for step in curve.steps) > 1 for curve in curves)
+    panels = ("The whole of training", f"From T0 on (step {late_phase_start:,})")[: 1 + late]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 + 5 * len(panels), 5), layout="constrained", squeeze=False)
+    for panel, title in zip(axes[0], panels, strict=True):
+        for curve in curves:
+            panel.plot(
+                curve.steps, curve.values, color=curve.colour, linestyle=curve.style, linewidth=curve.width,
+                marker="o", markersize=curve.width + 1, label=curve.label,
+            )  # fmt: skip
+        panel.set(xlabel="training step", title=title)
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, 0].axvline(late_phase_start, color="black", linestyle=":", linewidth=1)
+    # The first points lie far above all others and would flatten what the plot is about.
+    values = sorted(value for curve in curves for value in curve.values)
+    if values:
+        axes[0, 0].set_ylim(top=values[int(0.9 * (len(values) - 1))] * 1.02)
+    axes[0, 0].annotate(
+        "T0", (late_phase_start, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points"
+    )
+    if late:
+        _enlarge(axes[0, 1], curves, late_phase_start)
+    _label_ends(axes[0, -1], curves)
+    return figure
+
+
+@dataclass
+class _Curve:
+    label: str
+    steps: list[float]
+    values: list[float]
+    colour: str
+    style: str
+    width: float
+
+
+def _curves(results: Sequence[Result], average: str, measure: str) -> list[_Curve]:
+    """The lines, the widest first: where two are equal, both are seen."""
+    curves = []
+    for index, result in enumerate(results):
+        colour = COLOURS[index % len(COLOURS)]
+        width = 1.2 + 4 * (1 - index / max(len(results) - 1, 1))
+        curves.append(_Curve(result.method, *_line(result.curve, measure), colour, "-", width))
+        if result.averaged_scores is not None:
+            points = _line(result.curve, f"{measure}_averaged")
+            curves.append(_Curve(f"{result.method}, {average}", *points, colour, "--", width))
+    return [curve for curve in curves if curve.steps]
+
+
+def _enlarge(axes: Axes, curves: Sequence[_Curve], start: float) -> None:
+    points = [(s, v) for curve in curves for s, v in zip(curve.steps, curve.values, strict=True) if s >= start]
+    last, lowest, highest = max(s for s, _ in points), min(v for _, v in points), max(v for _, v in points)
+    margin = 0.05 * (highest - lowest) or 0.05
+    axes.set(xlim=(start, last + 0.02 * (last - start)), ylim=(lowest - margin, highest + margin))
+
+
+def _label_ends(axes: Axes, curves: Sequence[_Curve]) -> None:
+    """Writes each curve's name beside its end, with a line to it where names had to be moved apart."""
+    low, high = axes.get_ylim()
+    ordered = sorted(curves, key=lambda curve: curve.values[-1])
+    wanted = [(curve.values[-1] - low) / (high - low) for curve in ordered]
+    for curve, height in zip(ordered, apart(wanted, min(0.05, 1 / max(len(wanted), 1))), strict=True):
+        axes.annotate(
+            curve.label, (curve.steps[-1], curve.values[-1]), xytext=(1.06, height), textcoords="axes fraction",
+            va="center", color=curve.colour, annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": curve.colour, "linestyle": curve.style, "linewidth": 0.8,
+                "relpos": (0, 0.5),
+            },
+        )  # fmt: skip
+
+
+def apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """
+    Moves heights apart.
+
+    Args:
+        wanted (`Sequence[float]`):
+            Heights between 0 and 1, ascending.
+        gap (`float`):
+            What neighbours should keep, at most 1 / len(wanted).
+
+    Returns:
+        `list[float]`: Heights in the same order, at least a gap from each other, near those that were wanted.
+    """
+    heights: list[float] = []
+    for height in wanted:
+        heights.append(max(height, heights[-1] + gap) if heights else max(height, 0.0))
+    ceiling = 1.0
+    for index in reversed(range(len(heights))):
+        heights[index] = min(heights[index], ceiling)
+        ceiling = heights[index] - gap
+    return heights
 
 
 def write_report(results: Sequence[Result], average: str, settings: dict[str, Any], note: str, folder: Path) -> str:

@@ -19,6 +19,7 @@ from .summary import summarise
 from .weights import PARAMETRIZATIONS, Attachment, Members, Target, attach, detach, find_targets, fold, write
 from .weights.attach import keep, restore
 from .weights.batch_norm import STATISTICS
+from .weights.targets import keys_of_copied_families
 
 
 class LatePhase:
@@ -235,6 +236,15 @@ class LatePhase:
         """Returns θ, all other parameters, by name."""
         names = self._stack_names
         return {name: p for name, p in named_parameters(self.model).items() if name not in names}
+
+    def late_parameters(self) -> dict[str, nn.Parameter]:
+        """
+        Returns what learns as late-phase weights do, by name: without `base_gradient_scale`, with
+        `member_weight_decay`. Those are the stacks; of one member also the weights that more would copy, so that it is
+        their control.
+        """
+        copied = keys_of_copied_families(self.model, self.config) if self.num_members == 1 else set()
+        return self.stacks() | {name: p for name, p in named_parameters(self.model).items() if name in copied}
 
     def activate(self, member: int | None) -> None:
         """

@@ -127,7 +127,7 @@ class LendingMixin(TrainerHooks):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.late_phase.is_attached:
             if self.late_phase_config.member_weight_decay is not None:
-                group_apart(unwrapped(optimizer), self.late_phase.stacks().values())
+                group_apart(unwrapped(optimizer), self.late_phase.late_parameters().values())
             self._check_optimizer(unwrapped(optimizer))
         return optimizer
 

@@ -72,7 +72,7 @@ class MemberGroups:
         sources = [place for place, factors in added.items() if self._add(groups[place], factors)]
         if apart:
             before = [*range(len(self._settings)), *sources]
-            sources += [before[index] for index in group_apart(optimizer, late_phase.stacks().values())]
+            sources += [before[index] for index in group_apart(optimizer, late_phase.late_parameters().values())]
         self._num_added = len(sources)
         self._follow(sources)
         for stack in self._stacks:

@@ -59,6 +59,8 @@ class Stepping:
         self._decays_before: list[tuple[dict[str, Any], float]] = []
         # Kept: a walk over all modules takes longer than all else that a step does for its cycle.
         self._base: dict[str, nn.Parameter] = {}
+        self._late: dict[str, nn.Parameter] = {}
+        self._scaled: list[nn.Parameter] = []
         self._stacks: dict[str, nn.Parameter] = {}
         self._is_running = False
         # Whether no backward pass was seen that has to be weighed.
@@ -72,6 +74,8 @@ class Stepping:
         late_phase = self._trainer.late_phase
         self._statistics = ProcessStatistics(self._trainer)
         self._base, self._stacks = late_phase.base_parameters(), late_phase.stacks()
+        self._late = late_phase.late_parameters()
+        self._scaled = [parameter for name, parameter in self._base.items() if name not in self._late]
         self.base_gradient_scale = self._resolve_scale()
         cycle, steps = self._trainer.cycle, self._trainer.args.gradient_accumulation_steps
         self._unseen = not cycle.is_plain and (steps > 1 or cycle.loss_divisor != 1)
@@ -130,7 +134,7 @@ class Stepping:
         optimizer = unwrapped(trainer.optimizer)
         decay = trainer.late_phase_config.member_weight_decay
         if decay is not None:
-            self._decays_before = set_decay(optimizer, stacks.values(), decay)
+            self._decays_before = set_decay(optimizer, self._late.values(), decay)
         if late_phase.num_members == 1:
             return
         logger.info(f"Late phase begins at step {trainer.state.global_step}.\n{late_phase.summary()}")
@@ -318,7 +322,7 @@ class Stepping:
         trainer, late_phase = self._trainer, self._trainer.late_phase
         if not (late_phase.released and trainer.accelerator.sync_gradients):
             return
-        gradients = _gradients(self._base.values())
+        gradients = _gradients(self._scaled)
         if gradients and self.base_gradient_scale != 1:  # weights=["full"] leaves no base
             torch._foreach_mul_(gradients, self.base_gradient_scale)
         absent = trainer.cycle.absent() if self.in_cycles else []

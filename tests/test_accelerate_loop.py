@@ -61,7 +61,9 @@ def test_the_loop_equals_the_trainer(tmp_path: Path, K: int, start: int) -> None
             tmp_path / "trainer", max_steps=steps, gradient_accumulation_steps=K, learning_rate=0.002,
             optim="adamw_torch", dataloader_drop_last=True,
         ),
-        late_phase_config=LatePhaseConfig(num_members=K, weights=["rank1", "norm"], late_phase_start=start),
+        late_phase_config=LatePhaseConfig(
+            num_members=K, weights=["rank1", "norm"], late_phase_start=start, base_gradient_scale=1.0
+        ),
         train_dataset=_endless(module.rows(), steps * K * 4),
     )  # fmt: skip
     run.train()

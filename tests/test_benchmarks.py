@@ -22,7 +22,7 @@ import runs
 import speed
 import texts
 from estimate import estimate
-from runs import README, put_into_readme
+from runs import PERFORMANCE_PAGE, RESULTS_PAGE, with_table
 
 
 BENCHMARKS = {"language_models": language_models, "image_classifiers": image_classifiers}
@@ -38,18 +38,18 @@ def test_tables_are_made_from_the_figures(name: str) -> None:
     benchmark = BENCHMARKS[name]
     table = benchmark.table(figures(benchmark))
     assert table == benchmark.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
-    readme = README.read_text(encoding="utf-8")
-    assert readme == put_into_readme(readme, name, table)
+    page = RESULTS_PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page, name, table)
     # A figure that is not the runs' would show.
-    assert readme != put_into_readme(readme, name, table.replace("2", "3", 1))
+    assert page != with_table(page, name, table.replace("2", "3", 1))
 
 
 @pytest.mark.parametrize(("name", "device"), [("speed", "cpu"), ("speed_cuda", "cuda")])
 def test_speed_table_is_made_from_the_figures(name: str, device: str) -> None:
     record = json.loads((Path(speed.__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
     table = speed.table(record)
-    readme = README.read_text(encoding="utf-8")
-    assert readme == put_into_readme(readme, name, table)
+    page = PERFORMANCE_PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page, name, table)
     compared = {row["row"] for row in record["rows"] if not row["row"].startswith(speed.WITH_ITSELF)}
     assert compared == {setting.name for setting, _ in speed.ROWS[device]}
     assert all(row["pairs"] >= speed.LEAST_PAIRS[device] for row in record["rows"])
@@ -59,16 +59,16 @@ def test_flatness_table_is_made_from_the_figures() -> None:
     record = json.loads(Path(flatness.__file__).with_suffix(".json").read_text(encoding="utf-8"))
     results = [flatness.Flatness(**result) for result in record["results"]]
     table = flatness.table(results, record["distances"]) + "\n"
-    readme = README.read_text(encoding="utf-8")
-    assert readme == put_into_readme(readme, "flatness", table)
+    page = RESULTS_PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page, "flatness", table)
 
 
 def test_the_reckoning_of_a_large_model() -> None:
     text = estimate()
-    readme = README.read_text(encoding="utf-8")
-    # What the README says of it.
+    page = " ".join(PERFORMANCE_PAGE.read_text(encoding="utf-8").split())
+    # What the documentation says of it.
     assert "15.7 % eager, 6.5 % if fused" in text
-    assert "16 % in eager mode at\n4,096 tokens a GPU, 7 % if fused" in readme
+    assert "16 % in eager mode at 4,096 tokens a GPU, 7 % if fused" in page
 
 
 def test_every_language_model_ran_with_every_seed() -> None:
@@ -107,9 +107,9 @@ def test_a_run_with_ema_adds_its_averages_only() -> None:
     assert names(0.98, "EMA") == [f"{method}, {name}" for method in ("base", "late_phase") for name in averages]
 
 
-def test_a_readme_without_the_mark_is_refused() -> None:
+def test_a_page_without_the_mark_is_refused() -> None:
     with pytest.raises(ValueError, match="has no line '<!-- here -->'"):
-        put_into_readme("text", "here", "table")
+        with_table("text", "here", "table")
 
 
 # ---- the larger text ----

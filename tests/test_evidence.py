@@ -17,6 +17,7 @@ from comparison import AVERAGED, ENSEMBLE
 from evidence_tables import TABLES
 from recipe import parse_arguments
 from run_enwik8 import MethodArguments
+from runs import with_table
 from transformers import TrainingArguments
 
 from hf_latephase import LatePhaseConfig
@@ -171,8 +172,9 @@ def test_the_deep_ensemble_takes_every_seed_at_the_chosen_rate(name, tmp_path, m
 def test_report_is_made_from_the_figures() -> None:
     text = evidence.RESULTS.read_text(encoding="utf-8")
     assert text == evidence.report()
-    readme = evidence.README.read_text(encoding="utf-8")
-    assert readme == evidence.put_into_readme(readme, "evidence", evidence.summary())
+    for path, table in ((evidence.RESULTS_PAGE, evidence.summary()), (evidence.README, evidence.headline())):
+        page = path.read_text(encoding="utf-8")
+        assert page == with_table(page, "evidence", table)
     # Every table is there, and complete.
     assert set(evidence.recorded()) == {path.stem for path in evidence.FIGURES.glob("*.json")}
     for name, record in evidence.recorded().items():
@@ -251,8 +253,8 @@ def test_what_is_said_of_fine_tuning_is_what_the_figures_say(name, late, chosen,
     means = [f"{statistics.mean(rows[row]['test']):.3f}" for row in (late, control, "base, linear decay, SWA")]
     pattern = r"{}, the strongest control {} \([^)]*\), SWA of linear decay {}".format(*map(re.escape, means))
     assert re.search(pattern, words)
-    # The README: ahead, by an interval without zero, of the plain rows on both texts, on Django of the strongest one,
-    # though by little; on enwik6 behind or level with a little dropout, and level with half as many updates.
+    # docs/results.md: ahead, by an interval without zero, of the plain rows on both texts, on Django of the strongest
+    # one, though by little; on enwik6 behind or level with a little dropout, and level with half as many updates.
     differences = {row: evidence.difference(rows[row]["test"], rows[late]["test"]) for row in rows}
     for row in PLAIN:
         mean, width = differences[row]

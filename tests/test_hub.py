@@ -187,9 +187,9 @@ def test_what_is_published_loads_in_a_process_without_the_library(hub: HubServer
         torch.testing.assert_close(torch.load(tmp_path / f"{USER}-{name}.pt"), expected, rtol=0, atol=1e-5)
 
 
-def test_the_readme_publishes(hub: HubServer, tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (snippet,) = [part for part in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "push_to_hub" in part]
+def test_the_documentation_publishes(hub: HubServer, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "publishing.md").read_text(encoding="utf-8")
+    (snippet,) = [part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "push_to_hub" in part]
     base_trainer = SimpleNamespace(evaluate=lambda: {"eval_loss": 9.25})
     exec(snippet, {"trainer": lstm_trainer(tmp_path / "run"), "base_trainer": base_trainer})
     card = ModelCard(published(hub)["README.md"].decode())

@@ -1,7 +1,8 @@
-"""Every command and every snippet of the README runs, or stands here with the reason why it cannot."""
+"""Every command and every snippet of the README and of docs/ runs, or stands here with the reason why it cannot."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import re
@@ -28,12 +29,14 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_latephase import LatePhaseConfig
+from hf_latephase import LatePhase, LatePhaseConfig
 from hf_latephase.data import ByteSplits, load_bytes
 
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "\n".join(
+    path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+)
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 # What makes a command small: the same script and recipe, with these flags after its own.
@@ -125,9 +128,9 @@ def load_text(data_file: str | None, dataset: str | None, cache_dir: str | None)
 
 def test_every_command_is_run_or_excused() -> None:
     known = {*RUN, *LAUNCHED, *MADE, *CANNOT_RUN}
-    assert set(commands()) == known, "put a new command of the README into one of the lists above"
+    assert set(commands()) == known, "put a new command of the documentation into one of the lists above"
     assert {snippet.splitlines()[0] for snippet in snippets()} == {*SNIPPETS, *PUBLISHING}, (
-        "test a new snippet of the README"
+        "test a new snippet of the documentation"
     )
     # No language under which a command would go unseen.
     assert {language for language, _ in BLOCKS} <= {"bash", "python", "bibtex", ""}
@@ -137,7 +140,8 @@ def test_every_command_is_run_or_excused() -> None:
 
 
 def test_every_file_that_is_named_exists() -> None:
-    links = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", README)
+    # The README's; mkdocs looks at those in docs/.
+    links = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     quoted = re.findall(r"\b(?:examples|tests|docs)/[\w./*-]*\w", README)
     assert len(links) > 3 and len(quoted) > 10
     assert not [name for name in {*links, *quoted} if not any(ROOT.glob(name))]
@@ -202,8 +206,9 @@ def check_saved(folder: Path, run: Any) -> None:
 
 def settings_of_the_controls(snippet: str, folder: Path) -> None:
     configs: list[LatePhaseConfig] = []
-    exec(snippet, {"LatePhaseConfig": lambda **settings: configs.append(LatePhaseConfig(**settings))})
-    assert len(configs) == len(snippet.splitlines())
+    for line in snippet.splitlines():
+        configs.append(eval(line, {"LatePhaseConfig": LatePhaseConfig}))
+    assert configs
     for config in configs:
         run = trainer(folder, gpt2(), config, max_steps=20)
         run.train()
@@ -211,11 +216,30 @@ def settings_of_the_controls(snippet: str, folder: Path) -> None:
         assert averages_over_time == (config.cycle_length is None)
 
 
+def own_loop(snippet: str, folder: Path) -> None:
+    model = gpt2()
+    batches = [{"input_ids": row["input_ids"][None], "labels": row["labels"][None]} for row in Text(6)]
+    config = LatePhaseConfig(num_members=3, weights=["norm"])
+    before = copy.deepcopy(model.state_dict())
+    exec(snippet, {
+        "torch": torch, "LatePhase": LatePhase, "model": model, "config": config, "cycles": [batches[:3], batches[3:]],
+    })  # fmt: skip
+    saved = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
+    assert saved.keys() == before.keys() and any(not torch.equal(saved[key], before[key]) for key in saved)
+
+
 SNIPPETS: dict[str, Callable[[str, Path], None]] = {
     "from hf_latephase import LatePhaseConfig, LatePhaseTrainer": quick_start,
-    'LatePhaseConfig(num_members=1, weights=["norm"], swa_start=0.75)  # SWA for any Trainer user': (
+    "LatePhaseConfig(num_members=1, swa_start=0.75)  # SWA: the mean of the last quarter's weights": (
         settings_of_the_controls
     ),
+    'LatePhaseConfig.preset("ema")  # from halfway on, a moving average over the last tenth of the steps since': (
+        settings_of_the_controls
+    ),
+    'LatePhaseConfig.preset("ema")  # plain training, and a moving average of the weights from halfway on': (
+        settings_of_the_controls
+    ),
+    "with LatePhase(model, config) as late_phase:": own_loop,
     'LatePhaseConfig(num_members=5, weights=["norm"], late_phase_start=0.05, base_gradient_scale=1 / 5, '
     "swa_start=0.1)": settings_of_the_controls,
 }

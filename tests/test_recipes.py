@@ -85,8 +85,8 @@ def test_cifar_recipes_are_the_papers(name, tmp_path):
     if swa_start is None:
         assert (config.swa_start, config.ema_decay) == (None, None)
     else:
-        assert points.swa_start == pytest.approx(swa_start * STEPS_PER_EPOCH, abs=1)
-        assert points.swa_every == STEPS_PER_EPOCH
+        assert points.average_start == pytest.approx(swa_start * STEPS_PER_EPOCH, abs=1)
+        assert points.average_every == STEPS_PER_EPOCH
         assert config.batch_norm_statistics == "recomputed_members"
     lr_points = [(place * epochs, rate) for place, rate in read_points(methods.lr_points)]
     assert lr_points == [(pytest.approx(epoch, abs=1e-6), rate) for epoch, rate in knots]

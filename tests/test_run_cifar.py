@@ -93,7 +93,7 @@ def test_what_the_methods_are():
     }  # fmt: skip
     assert {c.swa_start for c in configs.values()} == {0.8}
     assert configs["base"].weights == ["norm", "head"] and configs["base"].cycle_length is None
-    assert method_configs(LatePhaseConfig(weights=["rank1"]), 7)["base"].weights == ["head"]
+    assert method_configs(LatePhaseConfig(weights=["rank1"], base_gradient_scale=1.0), 7)["base"].weights == ["head"]
 
 
 def test_methods_share_runs():
@@ -127,7 +127,9 @@ def make_model():
 
 def test_base_is_plain_training_to_the_bit(folder, tmp_path):
     images = images_of(folder)
-    config = method_configs(LatePhaseConfig(num_members=2, weights=["norm", "head"]), 8)["base"]
+    config = method_configs(LatePhaseConfig(num_members=2, weights=["norm", "head"], base_gradient_scale=1.0), 8)[
+        "base"
+    ]
     args = training_arguments(tmp_path / "a")
     trainer, _ = train(make_model, config, args, images.train, images.watched, None, False)
     set_seed(args.seed)
@@ -172,7 +174,9 @@ def test_all_methods_see_the_same_minibatches(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DecodedImages, "pixel_values", watch)
     images = images_of(folder)
-    for current, config in method_configs(LatePhaseConfig(num_members=2, weights=["head"]), 8).items():
+    for current, config in method_configs(
+        LatePhaseConfig(num_members=2, weights=["head"], base_gradient_scale=1.0), 8
+    ).items():
         if current in ("base", "accumulation", "late_phase"):
             args = training_arguments(tmp_path / current)
             train(make_model, config, args, images.train.reseeded(0), images.watched, None, False)
@@ -229,7 +233,7 @@ def test_a_deep_ensemble_averages_probabilities():
 
 def test_a_saved_model_that_differs_is_noticed(folder, tmp_path):
     images = images_of(folder)
-    config = LatePhaseConfig(num_members=2, weights=["head"])
+    config = LatePhaseConfig(num_members=2, weights=["head"], base_gradient_scale=1.0)
     args = training_arguments(tmp_path / "a", max_steps=4)
     trainer, _ = train(make_model, config, args, images.train, images.watched, None, False)
     assert save_and_check(trainer, images.watched)[1] == 0

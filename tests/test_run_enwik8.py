@@ -205,7 +205,7 @@ def test_accumulation_steps_as_often_as_late_phase():
     model_config = build_config(LanguageModelArguments(), window=8)
 
     def length(**settings):
-        config = LatePhaseConfig(num_members=5, **settings)
+        config = LatePhaseConfig(num_members=5, base_gradient_scale=1.0, **settings)
         return method_configs(config, ["accumulation"], model_config)["accumulation"].cycle_length
 
     assert length(cycle_length=10) == 10
@@ -238,7 +238,7 @@ def windows(text):
 
 @pytest.mark.parametrize("model_type", ["lstm", "gpt2", "llama"])
 def test_base_is_plain_training_to_the_bit(model_type, windows, tmp_path):
-    config = LatePhaseConfig(num_members=3, swa_start=0.6)
+    config = LatePhaseConfig(num_members=3, swa_start=0.6, base_gradient_scale=1.0)
     base = method_configs(config, ["base"], build_config(LanguageModelArguments(model_type), 16))["base"]
     trainer = byte_trainer(tmp_path, base, windows, model_type=model_type)
     trainer.train()  # before the other is made: a trainer seeds when it is constructed

@@ -350,7 +350,7 @@ def test_each_member_sees_the_mean_loss_of_its_own_minibatch(
     """Minibatches hold unequal numbers of targets; `num_items_in_batch` would weigh them by those."""
     monkeypatch.chdir(tmp_path)
     rows = Ragged(24)
-    late = config(3, ["norm"], init_noise=0.0)
+    late = config(3, ["norm"], init_noise=0.0, base_gradient_scale=1.0)
     batches = [pad([rows[i] for i in range(4 * b, 4 * b + 4)]) for b in range(max(3, accumulation))]
     targets = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
     assert len(set(targets)) > 1

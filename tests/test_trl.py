@@ -178,7 +178,7 @@ def test_members_gradients_are_on_the_trainers_scale(tmp_path, kind: str, settin
         steady |= {"train_sampling_strategy": "sequential"}
     if kind == "sft":  # of equal length: Trainer weighs minibatches by their tokens
         steady |= {"packing": True, "packing_strategy": "wrapped", "per_device_train_batch_size": 2}
-    late = config(3, ["norm"], late_phase_start=0)
+    late = config(3, ["norm"], late_phase_start=0, base_gradient_scale=1.0)
     run = make(tmp_path, kind, late, gradient_accumulation_steps=accumulation, max_steps=3 // accumulation, **steady)
     plain = make(tmp_path, kind, gradient_accumulation_steps=3, max_steps=1, **steady)
     ours, theirs = gradients(run), gradients(plain)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from runs import EXAMPLES, Run, collect, markdown, put_into_readme, run_all
+from runs import EXAMPLES, Run, collect, markdown, put_into_page, run_all
 from transformers import HfArgumentParser
 
 
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     text = table(figures["runs"])
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
-    DOCS.write_text(put_into_readme(DOCS.read_text(encoding="utf-8"), "averages", text), encoding="utf-8")
+    put_into_page(DOCS, "averages", text)
     print(text)
 
 

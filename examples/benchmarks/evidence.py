@@ -8,7 +8,8 @@ is chosen on the validation split: the first seed tries a grid, all seeds run at
 if it is near), the mean decides, and the grid is extended until that best is neither the lowest nor the highest. The
 test split is read only then: what is recorded of the other rates has no test figures. Every run is a script of
 `examples/` in a folder of its own; runs that have finished are not repeated, so an interrupted table goes on where it
-was. The figures of a table go to `evidence/TABLE.json`; `RESULTS.md` and the README's summary are made anew from all
+was. The figures of a table go to `evidence/TABLE.json`; `RESULTS.md`, the README's summary and that of
+`docs/results.md` are made anew from all
 of those. A table that has got new rows is completed by `--only_missing=true`.
 """
 
@@ -28,7 +29,7 @@ import transformers
 import yaml
 from comparison import Row, Table, text_file
 from evidence_tables import TABLES
-from runs import EXAMPLES, README, Run, environment, markdown, put_into_readme, run_all, spread
+from runs import EXAMPLES, README, RESULTS_PAGE, Run, environment, markdown, put_into_page, run_all, spread
 from scipy.stats import t as student
 from transformers import HfArgumentParser
 
@@ -240,21 +241,38 @@ def report() -> str:
     return "\n".join([INTRODUCTION.read_text(encoding="utf-8"), *sections])
 
 
-def summary() -> str:
-    """The README's table: the late-phase row that is best on validation, against the control that is best on test."""
-    lines = []
+def compared() -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Of each table: its title, the best control on test, the best late-phase row on validation, all rows."""
+    found = []
     for name, record in recorded().items():
         table, rows = TABLES[name], record["rows"]
-        if table.is_ablation:
-            continue
-        late = best_of(table, rows, late_phase=True, split="validation")
-        control = best_of(table, rows, late_phase=False, split="test")
+        if not table.is_ablation:
+            control = best_of(table, rows, late_phase=False, split="test")
+            late = best_of(table, rows, late_phase=True, split="validation")
+            found.append((table.title, control, late, rows))
+    return found
+
+
+def summary() -> str:
+    """The table of `docs/results.md`: what was compared, its spread and the differences' intervals."""
+    lines = []
+    for title, control, late, rows in compared():
         mean, width = difference(rows[control]["test"], rows[late]["test"])
         lines.append(
-            [table.title, control, spread(rows[control]["test"]), late, spread(rows[late]["test"])]
+            [title, control, spread(rows[control]["test"]), late, spread(rows[late]["test"])]
             + [f"{mean:+.3f} ± {width:.3f}"]
         )
     return markdown(["", "strongest control", "test", "late-phase", "test", "control less late-phase"], 1, lines)
+
+
+def headline() -> str:
+    """The README's table: the same in a few figures."""
+    lines = []
+    for title, control, late, rows in compared():
+        means = [f"{statistics.mean(rows[row]['test']):.3f}" for row in (control, late)]
+        mean, width = difference(rows[control]["test"], rows[late]["test"])
+        lines.append([title, *means, f"{mean:+.3f} ± {width:.3f}"])
+    return markdown(["bits per byte, on test", "strongest control", "late-phase", "late-phase ahead by"], 1, lines)
 
 
 def record_of(table: Table, folder: Path, workers: int) -> dict[str, Any]:
@@ -297,7 +315,8 @@ def main() -> None:
         FIGURES.mkdir(exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         RESULTS.write_text(report(), encoding="utf-8")
-        README.write_text(put_into_readme(README.read_text(encoding="utf-8"), "evidence", summary()), encoding="utf-8")
+        put_into_page(RESULTS_PAGE, "evidence", summary())
+        put_into_page(README, "evidence", headline())
         print(section(table, record))
 
 

@@ -38,6 +38,10 @@ matplotlib.use("Agg")  # before pyplot: the machine may have no display
 from matplotlib import pyplot as plt  # noqa: E402
 
 
+# Of Okabe and Ito: colour-blind people tell them apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
 @dataclass
 class FlatnessArguments:
     """The models, the images, and how finely to look."""
@@ -189,19 +193,21 @@ def plot(results: list[Flatness], distances: list[float], path: Path) -> None:
     groups = by_name(results)
     width = 0.8 / len(groups)
     for index, (name, (losses, eigenvalues)) in enumerate(groups.items()):
-        colour, mean, deviation = f"C{index}", losses.mean(0).numpy(), spread(losses).numpy()
-        left.plot(distances, mean, color=colour, label=name)
-        left.fill_between(distances, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+        colour, mean, deviation = COLOURS[index % len(COLOURS)], losses.mean(0).numpy(), spread(losses).numpy()
+        # Ever narrower, their bars beside each other: curves that lie on each other are all seen.
+        left.plot(distances, mean, color=colour, linewidth=len(groups) + 1 - index, label=name)
+        beside = [distance + 0.012 * (index - (len(groups) - 1) / 2) for distance in distances]
+        left.errorbar(beside, mean, deviation, color=colour, fmt="none", capsize=3, elinewidth=1)
         ranks = torch.arange(1, eigenvalues.shape[1] + 1) + (index - (len(groups) - 1) / 2) * width
         heights, errors = eigenvalues.mean(0).numpy(), spread(eigenvalues).numpy()
         right.bar(ranks.numpy(), heights, width, yerr=errors, color=colour, label=name, capsize=2)
-    left.set_xlabel("distance along random filter-normalised directions")
+    left.set_xlabel("distance along random directions, in norms of each filter")
     left.set_ylabel("training loss (nats)")
-    right.set_xlabel("rank")
+    right.set_xlabel("rank, the largest first")
     right.set_ylabel("eigenvalue of the Hessian")
     right.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(loc="upper center", title="mean ± standard deviation")
     for axes in (left, right):
-        axes.legend()
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     figure.savefig(path, dpi=150)

@@ -6,7 +6,7 @@ Late-phase image classifiers against their controls and baselines over several s
 Every run is `examples/run_cifar.py` with the recipe `benchmark_cifar.yaml`, in a folder of its own; runs
 that have finished are not repeated, so an interrupted benchmark goes on where it was. The deep ensemble, which trains
 K models, is run for the first seed only. The figures go to `examples/benchmarks/image_classifiers.json`; the table
-made from them to `image_classifiers.md` beside it and into the README.
+made from them to `image_classifiers.md` beside it and into `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runs import EXAMPLES, Run, collect, markdown, run_all, spread, write_figures
+from runs import EXAMPLES, RESULTS_PAGE, Run, collect, markdown, run_all, spread, write_figures
 from transformers import HfArgumentParser
 
 
@@ -113,7 +113,7 @@ def main() -> None:
         runs.insert(0, make_run(arguments, ("deep_ensemble",), arguments.seeds[0]))
     run_all(runs, arguments.workers)
     figures = collect(runs, records_of, ("torch", "torchvision", "transformers"))
-    write_figures(__file__, figures, table(figures["runs"]))
+    write_figures(__file__, figures, table(figures["runs"]), RESULTS_PAGE)
 
 
 if __name__ == "__main__":

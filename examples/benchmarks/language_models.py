@@ -6,7 +6,7 @@ Late-phase language models against their controls: two architectures, two schedu
 Every run is `examples/run_enwik8.py` with a recipe, in a folder of its own; runs that have finished are
 not repeated, so an interrupted benchmark goes on where it was. The figures of all runs are written to
 `examples/benchmarks/language_models.json`; the table made from them goes to `language_models.md` beside it and into
-the README.
+`docs/results.md`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runs import EXAMPLES, Run, collect, markdown, run_all, spread, write_figures
+from runs import EXAMPLES, RESULTS_PAGE, Run, collect, markdown, run_all, spread, write_figures
 from transformers import HfArgumentParser
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     runs = [make_run(arguments, model, schedule, seed) for seed, model, schedule in settings]
     run_all(runs, arguments.workers)
     figures = collect(runs, records_of, ("torch", "transformers"))
-    write_figures(__file__, figures, table(figures["runs"]))
+    write_figures(__file__, figures, table(figures["runs"]), RESULTS_PAGE)
 
 
 if __name__ == "__main__":

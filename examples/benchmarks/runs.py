@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs of a script, their spread, and tables in the README."""
+"""What the benchmarks share: runs of a script, their spread, and tables in the documentation."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from tqdm.auto import tqdm
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 README = EXAMPLES.parent / "README.md"
+# Pages of the documentation that hold tables.
+RESULTS_PAGE = EXAMPLES.parent / "docs" / "results.md"
+PERFORMANCE_PAGE = EXAMPLES.parent / "docs" / "performance.md"
 
 
 @dataclass
@@ -123,19 +126,24 @@ def markdown(header: list[str], left: int, rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows)) + "\n"
 
 
-def put_into_readme(readme: str, mark: str, text: str) -> str:
-    """The README with a table between its marks."""
+def with_table(page: str, mark: str, text: str) -> str:
+    """A page with a table between its marks."""
     begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
-    before, found, rest = readme.partition(begin)
+    before, found, rest = page.partition(begin)
     if not found:
-        raise ValueError(f"README.md has no line {begin.strip()!r}, after which the table should go.")
+        raise ValueError(f"The page has no line {begin.strip()!r}, after which the table should go.")
     return before + begin + text + end + rest.partition(end)[2]
 
 
-def write_figures(script: str, figures: dict[str, Any], text: str) -> None:
-    """Writes a benchmark's figures and table beside its script, and the table into the README."""
+def put_into_page(page: Path, mark: str, text: str) -> None:
+    """Writes a table between its marks in a page."""
+    page.write_text(with_table(page.read_text(encoding="utf-8"), mark, text), encoding="utf-8")
+
+
+def write_figures(script: str, figures: dict[str, Any], text: str, page: Path) -> None:
+    """Writes a benchmark's figures and table beside its script, and the table into a page."""
     path = Path(script)
     path.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(text, encoding="utf-8")
-    README.write_text(put_into_readme(README.read_text(encoding="utf-8"), path.stem, text), encoding="utf-8")
+    put_into_page(page, path.stem, text)
     print(text)

@@ -16,7 +16,7 @@ On a GPU a turn is a whole cycle: to wait for the GPU after every minibatch woul
 being launched, which otherwise run ahead.
 
 Writes `speed.json` and `speed.md` (`speed_cuda.*` of a GPU, where both sides train in bf16) beside this file and the
-table into the README.
+table into `docs/performance.md`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import transformers
 from costs import attaching, checkpoint_sizes, count_kernels, peak_memory, sample_speedup
-from runs import environment, markdown, write_figures
+from runs import PERFORMANCE_PAGE, environment, markdown, write_figures
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
 from workloads import Setting
@@ -238,7 +238,7 @@ class SpeedArguments:
     rows: list[str] | None = field(default=None, metadata={"help": "Only rows whose name contains one of these."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
-    write: bool = field(default=True, metadata={"help": "Whether to write the files and the README's table."})
+    write: bool = field(default=True, metadata={"help": "Whether to write the files and the documentation's table."})
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -346,7 +346,8 @@ def main() -> None:
         figures |= measure_costs(arguments)
     if arguments.write:
         own = Path(__file__)
-        write_figures(str(own if arguments.device == "cpu" else own.with_stem("speed_cuda")), figures, table(figures))
+        path = own if arguments.device == "cpu" else own.with_stem("speed_cuda")
+        write_figures(str(path), figures, table(figures), PERFORMANCE_PAGE)
     else:
         print(table(figures))
 

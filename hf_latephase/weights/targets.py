@@ -135,6 +135,23 @@ def find_targets(model: nn.Module, config: LatePhaseConfig) -> Found:
     return Found(targets, frozen)
 
 
+def keys_of_copied_families(model: nn.Module, config: LatePhaseConfig) -> set[str]:
+    """
+    Names the weights that a config would copy if it had more than one member.
+
+    With one they stay the model's own, but as a control for members they learn as those do.
+    """
+    copied = [family for family in config.weights if family not in ADDING_FAMILIES]
+    if not copied:
+        return set()
+    members = dataclasses.replace(config, num_members=2, cycle_length=None, batch_norm_statistics="running")
+    try:
+        found = find_targets(model, dataclasses.replace(members, weights=copied, target_modules=None))
+    except ValueError:  # nothing to copy, as one member may have
+        return set()
+    return {target.key for target in found.targets}
+
+
 def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     """Returns the BatchNorm layers that keep running statistics, by name."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
