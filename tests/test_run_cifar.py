@@ -127,9 +127,8 @@ def make_model():
 
 def test_base_is_plain_training_to_the_bit(folder, tmp_path):
     images = images_of(folder)
-    config = method_configs(LatePhaseConfig(num_members=2, weights=["norm", "head"], base_gradient_scale=1.0), 8)[
-        "base"
-    ]
+    late_phase = LatePhaseConfig(num_members=2, weights=["norm", "head"], base_gradient_scale=1.0)
+    config = method_configs(late_phase, 8)["base"]
     args = training_arguments(tmp_path / "a")
     trainer, _ = train(make_model, config, args, images.train, images.watched, None, False)
     set_seed(args.seed)
@@ -174,9 +173,8 @@ def test_all_methods_see_the_same_minibatches(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DecodedImages, "pixel_values", watch)
     images = images_of(folder)
-    for current, config in method_configs(
-        LatePhaseConfig(num_members=2, weights=["head"], base_gradient_scale=1.0), 8
-    ).items():
+    late_phase = LatePhaseConfig(num_members=2, weights=["head"], base_gradient_scale=1.0)
+    for current, config in method_configs(late_phase, 8).items():
         if current in ("base", "accumulation", "late_phase"):
             args = training_arguments(tmp_path / current)
             train(make_model, config, args, images.train.reseeded(0), images.watched, None, False)

@@ -218,3 +218,35 @@ def test_resumed_to_the_bit(tmp_path: Path) -> None:
     assert_same(weights_of(runs[0].model), weights_of(runs[1].model))
     for name, stack in runs[0].late_phase.stacks().items():
         assert torch.equal(stack, runs[1].late_phase.stacks()[name]), name
+
+
+def test_one_member_is_the_control_of_its_members(tmp_path: Path) -> None:
+    """What more members would copy learns from its own minibatches' mean, without γ and with the members' decay."""
+    seen: dict[str, torch.Tensor] = {}
+    decays: dict[str, float] = {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+            names = {id(p): name for name, p in model.named_parameters()}
+            seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            for group in optimizer.param_groups:
+                decays.update({names[id(p)]: group["weight_decay"] for p in group["params"]})
+
+    gradients = []
+    for gamma in (1.0, 3.0):
+        torch.manual_seed(0)
+        config = LatePhaseConfig(
+            num_members=1, weights=["norm"], cycle_length=3, late_phase_start=0, base_gradient_scale=gamma,
+            member_weight_decay=0.25,
+        )  # fmt: skip
+        run = trainer(
+            tmp_path, gpt2(), config, max_steps=1, gradient_accumulation_steps=3, weight_decay=0.1,
+            extra={"callbacks": [Watch()]},
+        )  # fmt: skip
+        run.train()
+        assert run.late_phase.targets == []
+        gradients.append(dict(seen))
+    for name, value in gradients[0].items():
+        factor = 1.0 if "ln_" in name else 3.0
+        torch.testing.assert_close(gradients[1][name], factor * value, rtol=1e-6, atol=0, msg=name)
+        assert decays[name] == (0.25 if "ln_" in name else 0.0 if "bias" in name else 0.1)
