@@ -111,7 +111,8 @@ class WeightAverage:
 
     def _average(self, names: list[str], current: dict[str, Tensor], steps: int, leaves_out: Tensor) -> None:
         averaged = [_elements(self.values[name]) for name in names]
-        samples = [_elements(current[name]) for name in names]
+        # The kernel goes through both as they lie in memory.
+        samples = [_laid_out_as(own, _elements(current[name])) for name, own in zip(names, averaged, strict=True)]
         weight = self._weight(steps)
         # The interpolation average += weight * (sample - average), as a step of SGD with a weight decay of 1 up the
         # gradient `sample`: the one kernel for many tensors that a flag on the device can call off.
@@ -165,7 +166,11 @@ class WeightAverage:
 
     def load(self, values: dict[str, Tensor], num_averaged: int, age: int) -> None:
         """Goes on from an average of `num_averaged` samples, none of them left out, over `age` training steps."""
-        self.values = {name: value.to(self.device or value.device) for name, value in values.items()}
+        own = self.tensors()
+        self.values = {
+            name: _laid_out_as(own.get(name, value), value.to(self.device or value.device))
+            for name, value in values.items()
+        }
         self.num_averaged, self.age = num_averaged, age
         self._left_out = None
 
@@ -248,6 +253,13 @@ class AverageSchedule:
             return
         average.update(steps)
         self.last_step = step
+
+
+def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
+    """Returns a value with the strides of another tensor, of whatever type and device (channels last, say)."""
+    if isinstance(value, DTensor) or value.stride() == like.stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _elements(tensor: Tensor) -> Tensor:

@@ -268,3 +268,23 @@ def test_points_of_a_moving_average() -> None:
     assert resolve_points(LatePhaseConfig(num_members=1, ema_memory=0.1), 41).average_start == 21
     with pytest.raises(ValueError, match="the late phase would never begin"):
         resolve_points(LatePhaseConfig(num_members=1, ema_decay=0.9, cycle_length=3), 1)
+
+
+def test_a_layout_that_changes_mixes_no_elements() -> None:
+    """The fused kernel goes through memory: a model whose images lie channels last, then first, then resumed."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    average = WeightAverage(model)
+    samples = []
+    for layout in (torch.channels_last, torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout)
+        model.weight.data = torch.randn_like(model.weight)
+        samples.append(model.weight.detach().clone())
+        average.update()
+    torch.testing.assert_close(average.values["weight"], torch.stack(samples).mean(0), rtol=0, atol=1e-6)
+    again = WeightAverage(model)
+    again.load({name: value.contiguous() for name, value in average.values.items()}, average.num_averaged, average.age)
+    for each in (average, again):
+        each.update()
+    for name, value in average.values.items():
+        assert torch.equal(value, again.values[name]) and value.stride() == again.values[name].stride(), name
