@@ -64,24 +64,26 @@ class LendingMixin(TrainerHooks):
         self._plain_size: int | None = None if count is None else count(exclude_embeddings=True)
         # Groups are made on the stock model, whose names, types and shapes they go by.
         self._decaying = set(super().get_decay_parameter_names(self.model))
-        if self.optimizer is None and not self.is_fsdp_enabled:
-            self.create_optimizer()
-        self.late_phase.attach()
-        if self.optimizer is not None:
-            apart = self.late_phase_config.member_weight_decay is not None
-            optimizer = unwrapped(self.optimizer)
-            self._groups = MemberGroups(optimizer, self.lr_scheduler, self.late_phase, apart)
-            self._check_optimizer(optimizer)
-            # A parent's method may not look whether there is one.
-            self._made_optimizer = self.optimizer
-            self.__dict__["create_optimizer"] = self._give_made_optimizer
+        before = self.optimizer
+        try:
+            if before is None and not self.is_fsdp_enabled:
+                self.create_optimizer()
+            self.late_phase.attach()
+            if self.optimizer is not None:
+                self._join(unwrapped(self.optimizer))
+        except BaseException:
+            self.optimizer = before  # one that was refused is not tried again
+            raise
         self.weight_average = self._new_average()
         self._averaged_view = self._new_view()
         self.late_phase.rest()
 
-    def _give_made_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        self.optimizer = self._made_optimizer
-        return self._made_optimizer
+    def _join(self, optimizer: torch.optim.Optimizer) -> None:
+        apart = self.late_phase_config.member_weight_decay is not None
+        self._groups = MemberGroups(optimizer, self.lr_scheduler, self.late_phase, apart)
+        self._check_optimizer(optimizer)
+        # A method of the user's may not look whether there is one.
+        self.__dict__["create_optimizer"] = lambda *args, **kwargs: self.optimizer
 
     def _give_back(self, interrupted: bool) -> None:
         """Makes the model the stock model that is evaluated and saved."""
