@@ -117,10 +117,9 @@ class LatePhase:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """
-        Context in which the members are in the model, to look at them; after it the model is as before, to the bit.
+        Context in which the members are in the model, to look at; after it the model is as before, to the bit.
 
-        Members of a model that was detached come back from their average, rank-1 ones up to rounding. Changes made
-        inside are lost.
+        Members of a detached model come back from their average, rank-1 ones up to rounding. Changes inside are lost.
 
         Raises:
             `ValueError`: If the model was changed so much that the members do not fit it.
@@ -239,9 +238,8 @@ class LatePhase:
 
     def late_parameters(self) -> dict[str, nn.Parameter]:
         """
-        Returns what learns as late-phase weights do, by name: without `base_gradient_scale`, with
-        `member_weight_decay`. Those are the stacks; of one member also the weights that more would copy, so that it is
-        their control.
+        Returns what learns without `base_gradient_scale` and with `member_weight_decay`, by name: the stacks, and of
+        one member the weights that more would copy, so that it is their control.
         """
         copied = keys_of_copied_families(self.model, self.config) if self.num_members == 1 else set()
         return self.stacks() | {name: p for name, p in named_parameters(self.model).items() if name in copied}
