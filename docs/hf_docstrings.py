@@ -8,7 +8,9 @@ full name.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import griffe
@@ -16,6 +18,8 @@ import griffe
 
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):$")
 PARAMETER = re.compile(r"^( {4}\w+) \((.*)\):$")
+SHARED = re.compile(r"^ {4}(\w+(?: \([^)]*\))?(?:, \w+(?: \([^)]*\))?)+):$")
+ITEM = re.compile(r"\w+(?: \([^)]*\))?")
 OUTCOME = re.compile(r"^( {4})((?:\[?`[^`]+`\]?(?:, | or )?)+):(?= |$)")
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
 
@@ -34,7 +38,7 @@ def plain(docstring: str, addresses: dict[str, str]) -> str:
         `str`: The same in google style, its references in Markdown.
     """
     section, lines = "", []
-    for line in docstring.splitlines():
+    for line in one_by_one(docstring):
         if line and not line.startswith(" "):
             found = SECTION.match(line)
             section = found[1] if found else ""
@@ -44,6 +48,21 @@ def plain(docstring: str, addresses: dict[str, str]) -> str:
             line = OUTCOME.sub(lambda m: f"{m[1]}{bare(m[2])}:", line)
         lines.append(line)
     return REFERENCE.sub(lambda m: reference(m[1], m[2], addresses), "\n".join(lines))
+
+
+def one_by_one(docstring: str) -> Iterator[str]:
+    """The lines of a docstring, parameters that share a description (`height, width:`) each with a copy of it."""
+    lines = docstring.splitlines()
+    for index, line in enumerate(lines):
+        found = SHARED.match(line)
+        if found is None:
+            yield line
+            continue
+        description = list(itertools.takewhile(lambda text: text.startswith(" " * 8), lines[index + 1 :]))
+        *others, last = ITEM.findall(found[1])
+        for item in others:
+            yield from (f"    {item}:", *description)
+        yield f"    {last}:"
 
 
 def bare(text: str) -> str:
@@ -78,8 +97,8 @@ class HuggingFaceDocstrings(griffe.Extension):
         addresses = {}
         for path in self.public:
             module = pkg[path.partition(".")[2]] if "." in path else pkg
-            names = module.exports or [name for name in module.members if not name.startswith("_")]
-            addresses.update({str(name): f"{path}.{name}" for name in names})
+            own = [name for name, member in module.members.items() if not (name.startswith("_") or member.is_alias)]
+            addresses.update({str(name): f"{path}.{name}" for name in module.exports or own})
         self._rewrite(pkg, addresses)
 
     def _rewrite(self, described: Any, addresses: dict[str, str]) -> None:

@@ -68,6 +68,9 @@ WRITTEN = """
             What it is.
         thing ([`Thing`], *optional*):
             Another.
+        height (`int`), width (`int`, defaults to 1):
+            In pixels,
+            both.
 
     Returns:
         `dict[str, float]`: Figures.
@@ -83,6 +86,12 @@ READ = """
             What it is.
         thing (Thing):
             Another.
+        height (int):
+            In pixels,
+            both.
+        width (int):
+            In pixels,
+            both.
 
     Returns:
         dict[str, float]: Figures.
