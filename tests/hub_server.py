@@ -216,7 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.server.url}/{name}", "name": name}
         if name in self.server.repos:
             return self._answer({"error": "You already created this model repo", **url}, 409)
-        self.server.repos[name] = Repo(wanted.get("visibility") == "private")
+        # huggingface_hub 1 says `visibility`, earlier ones say `private`.
+        self.server.repos[name] = Repo(wanted.get("visibility") == "private" or bool(wanted.get("private")))
         return self._answer(url)
 
     def _branch(self, name: str, revision: str) -> None:
@@ -278,15 +279,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _batch(self, name: str) -> None:
         self._check_may_write()
         self._repo(name)
-        answers = []
-        for wanted in json.loads(self.body)["objects"]:
+        asked, answers = json.loads(self.body), []
+        # Before version 1 the client asks here whether files go to the Xet storage.
+        transfer = "xet" if self.server.xet_folder is not None and "xet" in asked["transfers"] else "basic"
+        for wanted in asked["objects"]:
             answer = dict(wanted)
             if wanted["oid"] not in self.server.objects:
                 href = f"{self.server.url}/large-files/{wanted['oid']}"
                 verify = f"{self.server.url}/large-files/verify"
                 answer["actions"] = {"upload": {"href": href}, "verify": {"href": verify}}
             answers.append(answer)
-        self._answer({"transfer": "basic", "objects": answers})
+        self._answer({"transfer": transfer, "objects": answers})
 
     def _put_large(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
