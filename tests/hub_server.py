@@ -334,7 +334,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.xet_folder.mkdir(parents=True, exist_ok=True)
         # hf_xet takes a folder for the storage's address, and then needs no server.
         address, expires = f"local://{self.server.xet_folder}", int(time.time()) + 3600
-        self._answer({"casUrl": address, "accessToken": "any", "exp": expires})
+        # The client reads the answer, before version 1 its headers.
+        headers = {"X-Xet-Cas-Url": address, "X-Xet-Access-Token": "any", "X-Xet-Token-Expiration": str(expires)}
+        self._answer({"casUrl": address, "accessToken": "any", "exp": expires}, headers=headers)
 
     def _large_file(self, oid: str, path: str) -> bytes:
         if self.server.xet_folder is not None:

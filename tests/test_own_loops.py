@@ -16,7 +16,9 @@ from hf_latephase.trainer import LatePhaseMixin
 
 
 def late(K: int = 3, start: float = 0, **kwargs: Any) -> LatePhaseConfig:
-    return LatePhaseConfig(num_members=K, weights=["norm"], late_phase_start=start, **kwargs)
+    """The base sums its members' gradients, as in the paper."""
+    settings = {"weights": ["norm"], "base_gradient_scale": 1.0, **kwargs}
+    return LatePhaseConfig(num_members=K, late_phase_start=start, **settings)
 
 
 def summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
