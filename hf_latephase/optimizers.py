@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
 from .sharding import rows_like
 
@@ -143,9 +143,12 @@ def _steps(
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
-    trial.state = defaultdict(dict)
     # The rate is that of a trial: a warm-up from zero would hide every difference.
     trial.param_groups = [{**copy.deepcopy(settings), **changed, "params": parameters, "lr": 0.1}]
+    trial.state = defaultdict(dict)
+    if isinstance(trial, Adagrad):  # in torch 2.6 to 2.9 it fills its state when it is built
+        value = group["initial_accumulator_value"]
+        trial.state.update({p: {"step": torch.tensor(0.0), "sum": torch.full_like(p, value)} for p in parameters})
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()

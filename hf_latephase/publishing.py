@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .compat import CONNECTION_ERRORS, REFUSAL, TrainerHooks
 from .config import CONFIG_NAME
@@ -59,7 +59,8 @@ class Publishing:
         if self._checkpoint is None:
             return  # push_to_hub saves everything itself
         trainer, output_dir = self._trainer, self._trainer.args.output_dir
-        for path in [os.path.join(self._checkpoint, CONFIG_NAME), *glob.glob(f"{glob.escape(self._checkpoint)}/*.py")]:
+        settings = [os.path.join(self._checkpoint, name) for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)]
+        for path in settings + glob.glob(f"{glob.escape(self._checkpoint)}/*.py"):
             if os.path.isfile(path):
                 shutil.copy(path, output_dir)
         trainer.create_model_card(model_name=(trainer.args.hub_model_id or Path(output_dir).name).split("/")[-1])

@@ -216,7 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.server.url}/{name}", "name": name}
         if name in self.server.repos:
             return self._answer({"error": "You already created this model repo", **url}, 409)
-        self.server.repos[name] = Repo(wanted.get("visibility") == "private")
+        # huggingface_hub 1 says `visibility`, earlier ones say `private`.
+        self.server.repos[name] = Repo(wanted.get("visibility") == "private" or bool(wanted.get("private")))
         return self._answer(url)
 
     def _branch(self, name: str, revision: str) -> None:
@@ -278,15 +279,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _batch(self, name: str) -> None:
         self._check_may_write()
         self._repo(name)
-        answers = []
-        for wanted in json.loads(self.body)["objects"]:
+        asked, answers = json.loads(self.body), []
+        # Before version 1 the client asks here whether files go to the Xet storage.
+        transfer = "xet" if self.server.xet_folder is not None and "xet" in asked["transfers"] else "basic"
+        for wanted in asked["objects"]:
             answer = dict(wanted)
             if wanted["oid"] not in self.server.objects:
                 href = f"{self.server.url}/large-files/{wanted['oid']}"
                 verify = f"{self.server.url}/large-files/verify"
                 answer["actions"] = {"upload": {"href": href}, "verify": {"href": verify}}
             answers.append(answer)
-        self._answer({"transfer": "basic", "objects": answers})
+        self._answer({"transfer": transfer, "objects": answers})
 
     def _put_large(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
@@ -331,7 +334,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.xet_folder.mkdir(parents=True, exist_ok=True)
         # hf_xet takes a folder for the storage's address, and then needs no server.
         address, expires = f"local://{self.server.xet_folder}", int(time.time()) + 3600
-        self._answer({"casUrl": address, "accessToken": "any", "exp": expires})
+        # The client reads the answer, before version 1 its headers.
+        headers = {"X-Xet-Cas-Url": address, "X-Xet-Access-Token": "any", "X-Xet-Token-Expiration": str(expires)}
+        self._answer({"casUrl": address, "accessToken": "any", "exp": expires}, headers=headers)
 
     def _large_file(self, oid: str, path: str) -> bytes:
         if self.server.xet_folder is not None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hub_server
+import huggingface_hub.file_download
 import huggingface_hub.hf_api
 import pytest
 import tiny
@@ -67,13 +68,20 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
 
 
+def go_offline(monkeypatch: pytest.MonkeyPatch, is_offline: bool) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    if hasattr(_http, "reset_sessions"):  # before huggingface_hub 1 connections remember it
+        _http.reset_sessions()
+
+
 @pytest.fixture
 def hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     """The empty Hub, which this process's client now takes for the Hub, with nobody logged in."""
     server.clear()
     use_endpoint(monkeypatch, server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", TEMPLATE.format(server.url))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for module in (constants, huggingface_hub.file_download):  # the latter before huggingface_hub 1
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", TEMPLATE.format(server.url), raising=False)
+    go_offline(monkeypatch, False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -443,9 +451,9 @@ def test_without_a_network(hub: HubServer, tmp_path: Path, monkeypatch: pytest.M
         lstm_trainer(tmp_path / "other", push_to_hub=True)
     assert "cannot be reached" in caught.value.__notes__[0]
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch, True)
     check_push_fails(trainer, tmp_path / "run", OfflineModeIsEnabled, "Unset HF_HUB_OFFLINE")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    go_offline(monkeypatch, False)
     use_endpoint(monkeypatch, hub.url)
     trainer.push_to_hub()
     assert published(hub).keys() == LSTM_FILES

@@ -7,15 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import peft
 import pytest
 import tiny
 import torch
 from datasets import Dataset
 from hub_server import metadata_errors, running_hub
-from huggingface_hub import EvalResult, ModelCard, constants
+from huggingface_hub import EvalResult, HfApi, ModelCard, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from make_model_cards import RUNS, make_card
+from packaging.version import Version
 from transformers import ByT5Tokenizer, Trainer
 
 from hf_latephase import LatePhaseConfig, LatePhaseMixin
@@ -61,7 +63,10 @@ def check_valid(card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        card.validate()
+        if Version(huggingface_hub.__version__) < Version("1"):  # its validate() asks a fixed address
+            HfApi(endpoint=hub.url)._validate_yaml(str(card))
+        else:
+            card.validate()
         assert hub.count("POST", "validate-yaml") == 1
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from test_other_trainers import CPU, WORDS, config, texts, tokenizer
-from tiny import Text, llama
+from tiny import HAS_STRATEGY, Text, llama
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from hf_latephase import LatePhaseConfig
@@ -52,7 +54,7 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
 def judge() -> Any:
     torch.manual_seed(0)
     model = llama(pad_token_id=0, eos_token_id=1, bos_token_id=1)
-    settings = model.config.to_dict() | {"num_labels": 1}
+    settings = model.config.to_dict() | {"num_labels": 1, "id2label": {0: "reward"}, "label2id": {"reward": 0}}
     return LlamaForSequenceClassification(type(model.config)(**settings))
 
 
@@ -85,10 +87,10 @@ def make(folder: Path, kind: str, late: LatePhaseConfig | None = None, model: An
         model.save_pretrained(folder / "base")
         model = type(model).from_pretrained(folder / "base")
     extra = kwargs.pop("extra", {})
-    args = getattr(trl, args_class)(
-        str(folder), **{**CPU, "max_steps": 6, "save_strategy": "no", "lr_scheduler_type": "constant", **settings,
-                        **kwargs}
-    )  # fmt: skip
+    values = {**CPU, "max_steps": 6, "save_strategy": "no", "lr_scheduler_type": "constant", **settings, **kwargs}
+    strategy = {} if HAS_STRATEGY else {"train_sampling_strategy": values.pop("train_sampling_strategy", "random")}
+    args = getattr(trl, args_class)(str(folder), **values)
+    vars(args).update(strategy)  # read by tiny's sampler
     own = {} if late is None else {"late_phase_config": late}
     return (stock if late is None else late_class)(
         model=model, args=args, train_dataset=data(24), eval_dataset=data(8, seed=2), processing_class=tokenizer(),
@@ -122,7 +124,9 @@ def test_trains_past_t0_and_saves_a_stock_model(tmp_path, kind: str) -> None:
             stock.ref_model = run.ref_model
         assert evaluated["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], abs=1e-6)
     else:
-        assert "eval_reward" in evaluated
+        assert "eval_reward" in run.state.log_history[-1]  # before TRL 1 evaluate() returns less
+    if kind == "packing" and Version(transformers.__version__) < Version("5"):
+        return  # its few rows end an epoch before step 4, and there plain Trainer, too, goes on with other rows
     # Goes on inside a cycle, to the bit.
     resumed = make(tmp_path / "b", kind, late)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))

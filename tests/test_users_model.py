@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from test_trainer import assert_same, weights_of
 from tiny import ConvNet, Text, exact_loss, gpt2, trainer
 from torch import nn
@@ -22,6 +23,8 @@ from hf_latephase.weights.guard import GuardedWeight
 
 
 IDS = Text(3, seed=7).ids
+# Before transformers 5.0 torch.export and torch.jit.trace fail on a stock GPT-2, too: its mask is made in a vmap.
+TRACES = hasattr(transformers, "PreTrainedConfig")
 CONFIGS: dict[str, dict[str, Any]] = {
     "norm": {"num_members": 3, "weights": ["norm"], "init_noise": 0.3},
     "rank1": {"num_members": 3, "weights": ["rank1"], "init_noise": 0.3},
@@ -178,8 +181,9 @@ def check_stock(folder: Path, name: str, model: Any, expected: Any) -> None:
     if name != "batch norm":
         ours, theirs = (m.eval().generate(IDS[:, :4], max_new_tokens=6, do_sample=False) for m in (model, expected))
         assert torch.equal(ours, theirs)
-    exported = torch.export.export(copy.deepcopy(model).eval(), (IDS,), strict=False)
-    torch.testing.assert_close(exported.module()(IDS).logits, logits(expected), rtol=0, atol=1e-5)
+    if TRACES:
+        exported = torch.export.export(copy.deepcopy(model).eval(), (IDS,), strict=False)
+        torch.testing.assert_close(exported.module()(IDS).logits, logits(expected), rtol=0, atol=1e-5)
 
 
 @every_config
