@@ -176,7 +176,7 @@ def test_each_member_gets_the_gradient_of_its_own_mean(tmp_path, name: str, abov
             super().__init__(*args, **kwargs | {"train_dataset": rows})
 
     run = trainer(
-        tmp_path, model, late(base_gradient_scale=1.0), trainer_class=WithRows, max_steps=count // accumulation, learning_rate=0.0,
+        tmp_path, model, late(), trainer_class=WithRows, max_steps=count // accumulation, learning_rate=0.0,
         gradient_accumulation_steps=accumulation, logging_steps=1,
         extra={"callbacks": [gradients], "compute_loss_func": loss_func},
     )  # fmt: skip
