@@ -67,6 +67,19 @@ def set_decay(optimizer: Optimizer, parameters: Iterable[Tensor], weight_decay: 
     return before
 
 
+def start_afresh(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Takes from an optimizer what it keeps of parameters, as if it had just been built."""
+    afresh = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in afresh:
+                continue
+            optimizer.state.pop(p, None)
+            if isinstance(optimizer, Adagrad):  # in torch 2.6 to 2.9 its state must be there before the first step
+                value = group["initial_accumulator_value"]
+                optimizer.state[p] = {"step": torch.tensor(0.0), "sum": torch.full_like(p, value)}
+
+
 def check_elementwise(optimizer: Optimizer, stacks: Iterable[Tensor]) -> None:
     """
     Refuses an optimizer whose update of one member depends on the others.
@@ -146,9 +159,7 @@ def _steps(
     # The rate is that of a trial: a warm-up from zero would hide every difference.
     trial.param_groups = [{**copy.deepcopy(settings), **changed, "params": parameters, "lr": 0.1}]
     trial.state = defaultdict(dict)
-    if isinstance(trial, Adagrad):  # in torch 2.6 to 2.9 it fills its state when it is built
-        value = group["initial_accumulator_value"]
-        trial.state.update({p: {"step": torch.tensor(0.0), "sum": torch.full_like(p, value)} for p in parameters})
+    start_afresh(trial, parameters)
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.utils import logging
 
 from .cycle import Cycle
-from .optimizers import FrozenMembers, depends_on_gradient_scale, set_decay, unwrapped
+from .optimizers import FrozenMembers, depends_on_gradient_scale, set_decay, start_afresh, unwrapped
 from .process_statistics import ProcessStatistics
 from .sharding import rows_like
 
@@ -138,9 +138,7 @@ class Stepping:
         if late_phase.num_members == 1:
             return
         logger.info(f"Late phase begins at step {trainer.state.global_step}.\n{late_phase.summary()}")
-        for stack in stacks.values():
-            # As in the reference code, the members' optimizers start fresh.
-            optimizer.state.pop(stack, None)
+        start_afresh(optimizer, stacks.values())  # the members' optimizers, as in the reference code
         average = trainer.weight_average
         if average is not None and average.num_averaged:
             names = [name for name in average.values if late_phase.is_late_phase(name)]
