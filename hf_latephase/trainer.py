@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .averaging import AverageSchedule
 from .callback import LatePhaseCallback
 from .checkpoint import has_state, last_whole_checkpoint
-from .compat import warn_of_newer
+from .compat import warn_of_untested
 from .config import LatePhaseConfig
 from .cycle import Cycle
 from .ensemble import MemberTable
@@ -79,7 +79,7 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
         self._staging = Staging(self)
         self._publishing = Publishing(self)
         super().__init__(*args, **kwargs)
-        warn_of_newer()
+        warn_of_untested()
         check_supported(self, self.late_phase_config)
         if self.model_init is None:
             assert self.model is not None
