@@ -19,7 +19,6 @@ from .summary import summarise
 from .weights import PARAMETRIZATIONS, Attachment, Members, Target, attach, detach, find_targets, fold, write
 from .weights.attach import keep, restore
 from .weights.batch_norm import STATISTICS
-from .weights.targets import keys_of_copied_families
 
 
 class LatePhase:
@@ -241,7 +240,7 @@ class LatePhase:
         Returns what learns without `base_gradient_scale` and with `member_weight_decay`, by name: the stacks, and of
         one member the weights that more would copy, so that it is their control.
         """
-        copied = keys_of_copied_families(self.model, self.config) if self.num_members == 1 else set()
+        copied = {target.key for target in self._found.copied}
         return self.stacks() | {name: p for name, p in named_parameters(self.model).items() if name in copied}
 
     def activate(self, member: int | None) -> None:

@@ -250,3 +250,25 @@ def test_one_member_is_the_control_of_its_members(tmp_path: Path) -> None:
         factor = 1.0 if "ln_" in name else 3.0
         torch.testing.assert_close(gradients[1][name], factor * value, rtol=1e-6, atol=0, msg=name)
         assert decays[name] == (0.25 if "ln_" in name else 0.0 if "bias" in name else 0.1)
+
+
+def test_one_member_is_a_control_whatever_else_its_config_says(tmp_path: Path) -> None:
+    """An average that begins before T0, and patterns for layers that only more members would copy."""
+    for values, late in (
+        ({"weights": ["norm"], "swa_start": 0.3}, {"ln_1", "ln_2", "ln_f"}),
+        ({"weights": ["norm"], "target_modules": ["ln_f"]}, {"ln_f"}),
+        ({"weights": ["rank1", "norm"], "target_modules": ["c_attn", "ln_f"]}, {"ln_f", "left", "right"}),
+        ({"weights": ["head"]}, set()),  # tied, so that more members would be refused
+        ({"weights": [], "swa_start": 0.0}, set()),
+    ):
+        run = trainer(tmp_path, gpt2(), LatePhaseConfig(num_members=1, **values), max_steps=4)
+        names: set[str] = set()
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, *args: Any, run: Any = run, names: set[str] = names, **kwargs: Any) -> None:
+                names |= {n.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+                          for n in run.late_phase.late_parameters()}  # fmt: skip
+
+        run.add_callback(Watch())
+        run.train()
+        assert names == late, values

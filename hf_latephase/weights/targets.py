@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 from torch import nn
@@ -71,10 +71,12 @@ class Found:
     Attributes:
         targets (`list[Target]`): The tensors that become late-phase weights.
         frozen (`list[Target]`): Those that a default would have chosen, had they not `requires_grad=False`.
+        copied (`list[Target]`): With one member, those that more would copy. They stay the model's own.
     """
 
     targets: list[Target]
     frozen: list[Target]
+    copied: list[Target] = field(default_factory=list)
 
 
 def find_targets(model: nn.Module, config: LatePhaseConfig) -> Found:
@@ -88,15 +90,30 @@ def find_targets(model: nn.Module, config: LatePhaseConfig) -> Found:
         `ValueError`: If a family finds no layer, a pattern matches nothing, a target is tied, frozen or already
             parametrized; the message names the cause and the remedy.
     """
-    families = attached_families(config)
-    modules = dict(model.named_modules())
     if config.batch_norm_statistics != "running" and not tracking_layers(model):
         raise ValueError(
             f"batch_norm_statistics={config.batch_norm_statistics!r}: the model has no BatchNorm layer that tracks "
             "statistics. Keep 'running'."
         )
+    families = attached_families(config)
+    if config.num_members > 1:
+        return _find(model, config, families)
+    try:
+        found = _find(model, config, config.weights)
+    except ValueError:
+        # What cannot be copied matters to more members only.
+        return _find(model, config, families)
+    return Found(
+        [target for target in found.targets if target.family in families],
+        [target for target in found.frozen if target.family in families],
+        [target for target in found.targets if target.family not in families],
+    )
+
+
+def _find(model: nn.Module, config: LatePhaseConfig, families: list[str]) -> Found:
     if not families:
         return Found([], [])
+    modules = dict(model.named_modules())
     tied = _tied_keys(model)
     output_layer = find_output_layer(model)
     patterns = _patterns(config)
@@ -133,23 +150,6 @@ def find_targets(model: nn.Module, config: LatePhaseConfig) -> Found:
             "becomes a late-phase weight. Keep 'running', or check target_modules and exclude_modules."
         )
     return Found(targets, frozen)
-
-
-def keys_of_copied_families(model: nn.Module, config: LatePhaseConfig) -> set[str]:
-    """
-    Names the weights that a config would copy if it had more than one member.
-
-    With one they stay the model's own, but as a control for members they learn as those do.
-    """
-    copied = [family for family in config.weights if family not in ADDING_FAMILIES]
-    if not copied:
-        return set()
-    members = dataclasses.replace(config, num_members=2, cycle_length=None, batch_norm_statistics="running")
-    try:
-        found = find_targets(model, dataclasses.replace(members, weights=copied, target_modules=None))
-    except ValueError:  # nothing to copy, as one member may have
-        return set()
-    return {target.key for target in found.targets}
 
 
 def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
