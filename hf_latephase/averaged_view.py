@@ -13,7 +13,6 @@ from torch import Tensor
 from .averaging import WeightAverage
 from .late_phase import LatePhase
 from .running_statistics import forget_statistics, plain_layers, shown, statistics_of
-from .sharding import named_parameters
 
 
 class AveragedView:
@@ -66,7 +65,8 @@ class AveragedView:
         self._is_shown = True
         try:
             if self._is_settled:
-                with self._late_phase.attached(), self._replaced(self._raw), self._with_statistics(False):
+                assert self.average is not None  # whose place the raw weights had
+                with self._late_phase.attached(), self.average.holding(self._raw), self._with_statistics(False):
                     yield
             else:
                 over_time = time_averaged and self.has_average
@@ -94,13 +94,8 @@ class AveragedView:
                 Whether statistics may be measured once more, which takes time that an interrupted run has not.
         """
         if self.has_average and self.average is not None:
-            own, device = self.average.tensors(), self.average.device
-            values = {name: value for name, value in self.average.values.items() if name in own}
-            # Where the average was, which is not kept twice.
-            self._raw = {name: own[name].detach().to(device or own[name].device, copy=True) for name in values}
-            for name, value in values.items():
-                own[name].copy_(value)
-            self.average.values = {}
+            # The average itself is not kept twice.
+            self._raw, self.average.values = self.average.exchange(self.average.values), {}
         if measures:
             with self._with_statistics(bool(self._raw)):
                 statistics = self._statistics
@@ -126,18 +121,3 @@ class AveragedView:
             self._measured_over_time = over_time
         with shown(self._late_phase, self._statistics):
             yield
-
-    @contextlib.contextmanager
-    @torch.no_grad()
-    def _replaced(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Context in which the attached model holds other weights."""
-        model = self._late_phase.model
-        own: dict[str, Tensor] = {**named_parameters(model), **dict(model.named_buffers())}
-        before = {name: own[name].detach().clone() for name in values}
-        for name, value in values.items():
-            own[name].copy_(value)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                own[name].copy_(value)

@@ -177,21 +177,29 @@ class WeightAverage:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Context in which the model holds the average, if there is one; the weights come back to the bit."""
-        if self.num_averaged == 0:
+        with self.holding(self.values if self.num_averaged else {}):
             yield
-            return
-        own = self.tensors()
-        kept = {n: own[n].detach().to(self.device or own[n].device, copy=True) for n in self.values if n in own}
-        self._write(self.values)
+
+    @contextlib.contextmanager
+    def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Context in which the model holds other values of what is averaged; the weights come back to the bit."""
+        kept = self.exchange(values)
         try:
             yield
         finally:
             self._write(kept)
 
+    def exchange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gives the model other values of what is averaged, and returns those that it had, where the average is."""
+        own = self.tensors() if values else {}
+        kept = {n: own[n].detach().to(self.device or own[n].device, copy=True) for n in values if n in own}
+        self._write(values)
+        return kept
+
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         # In place: FSDP and cuDNN hold on to the storage.
-        for name, tensor in self.tensors().items():
+        for name, tensor in self.tensors().items() if values else ():
             if name in values:
                 tensor.copy_(values[name])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_other_trainers import CPU, WORDS, config, texts, tokenizer
+from tiny import same_weights
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from hf_latephase import LatePhaseConfig
@@ -102,13 +103,6 @@ def outputs(model: Any) -> torch.Tensor:
     if isinstance(model, st.CrossEncoder):
         return model.predict(list(zip(data["left"], data["right"], strict=True)), convert_to_tensor=True)
     return model.encode(list(data["left"]), convert_to_tensor=True)
-
-
-def same_weights(left: Any, right: Any) -> None:
-    expected = right.state_dict()
-    assert set(left.state_dict()) == set(expected)
-    for name, value in left.state_dict().items():
-        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ import transformers
 from datasets import Dataset
 from packaging.version import Version
 from test_other_trainers import CPU, WORDS, config, texts, tokenizer
-from tiny import HAS_STRATEGY, Text, llama
+from tiny import HAS_STRATEGY, Text, llama, same_weights
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from hf_latephase import LatePhaseConfig
@@ -96,13 +96,6 @@ def make(folder: Path, kind: str, late: LatePhaseConfig | None = None, model: An
         model=model, args=args, train_dataset=data(24), eval_dataset=data(8, seed=2), processing_class=tokenizer(),
         **own, **more, **extra,
     )  # fmt: skip
-
-
-def same_weights(left: Any, right: Any) -> None:
-    expected = dict(right.state_dict())
-    assert set(left.state_dict()) == set(expected)
-    for name, value in left.state_dict().items():
-        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

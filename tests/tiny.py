@@ -126,6 +126,14 @@ class Text(Dataset):
         return [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
 
 
+def same_weights(left: nn.Module, right: nn.Module) -> None:
+    """Asserts that two modules hold the same tensors under the same names, to the bit."""
+    expected = right.state_dict()
+    assert set(left.state_dict()) == set(expected)
+    for name, value in left.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 def arguments(folder: str | Path, **kwargs: Any) -> TrainingArguments:
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 4,

@@ -1,6 +1,6 @@
 """The families of late-phase weights, one a file, and how they are put on a model and taken off again."""
 
-from .attach import PARAMETRIZATIONS, Attachment, attach, detach, fold, parametrizations_of, write
+from .attach import PARAMETRIZATIONS, Attachment, attach, detach, fold, write
 from .members import Members
 from .targets import Found, Target, find_targets
 
@@ -15,6 +15,5 @@ __all__ = [
     "detach",
     "find_targets",
     "fold",
-    "parametrizations_of",
     "write",
 ]

@@ -63,32 +63,22 @@ class Attachment:
         return f"{module}{PARAMETRIZATIONS}{self.target.tensor}."
 
 
-def parametrizations_of(model: nn.Module, targets: list[Target], members: Members) -> dict[str, nn.Module]:
-    """Returns a new parametrization for each target by its key, on the device of the target; nothing is changed."""
-    groups = {key: group for group in _template_groups(model, targets) for key in group}
-    made: dict[str, nn.Module] = {}
-    for target in targets:
-        module = model.get_submodule(target.module)
-        tensor, family = getattr(module, target.tensor), family_module(target.family, module)
-        if family is hypernet:
-            group = groups[target.key]
-            made[target.key] = hypernet.Hypernet(members, group.index(target.key), len(group), tensor)
-        else:
-            made[target.key] = family.parametrization(members, tensor)
-    return made
-
-
 def attach(model: nn.Module, targets: list[Target], members: Members, by_sample: bool) -> list[Attachment]:
     """Makes each target a late-phase weight; `by_sample` adds the layers' calls for dealt rows."""
     attachments: list[Attachment] = []
     orders: dict[str, list[str]] = {}
     templates = _template_groups(model, targets)
-    made = parametrizations_of(model, targets, members)
+    groups = {key: group for group in templates for key in group}
     for target in targets:
         module = model.get_submodule(target.module)
-        tensor, parametrization = getattr(module, target.tensor), made[target.key]
+        tensor = getattr(module, target.tensor)
         order = orders.setdefault(target.module, [*module._parameters, *module._buffers])
         family = family_module(target.family, module)
+        if family is hypernet:
+            group = groups[target.key]
+            parametrization: Any = hypernet.Hypernet(members, group.index(target.key), len(group), tensor)
+        else:
+            parametrization = family.parametrization(members, tensor)
         # unsafe: our shapes are right by construction, and the check would evaluate every layer once.
         parametrize.register_parametrization(module, target.tensor, parametrization, unsafe=True)
         _read_directly(module, target.tensor)
