@@ -57,7 +57,7 @@ setup(
     license_files=["LICENSE"],
     keywords="deep learning, weight averaging, late-phase weights, ensembles, transformers, pytorch",
     packages=find_packages(include=["hf_latephase", "hf_latephase.*"]),
-    package_data={"hf_latephase": ["py.typed", "templates/*"]},
+    package_data={"hf_latephase": ["py.typed", "publishing/templates/*"]},
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from hf_latephase import LatePhase, LatePhaseTrainer
+from hf_latephase.analysis import Forward, is_recurrent, mean_forward, model_forward
+from hf_latephase.core.points import steps_at
 from hf_latephase.data import decode_ids, encode_bytes
-from hf_latephase.points import steps_at
-from hf_latephase.scoring import Forward, is_recurrent, mean_forward, model_forward
 
 
 RELOAD_TOLERANCE = 1e-5

@@ -33,8 +33,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 import hf_latephase.models  # noqa: F401  # makes their types known to the Auto classes
 from hf_latephase import LatePhase, LatePhaseConfig
 from hf_latephase.config import CONFIG_NAME
-from hf_latephase.model_card import CardContents, describe_late_phase, eval_results, loading_code, render_card
-from hf_latephase.points import resolve_points
+from hf_latephase.core.points import resolve_points
+from hf_latephase.publishing.model_card import (
+    CardContents,
+    describe_late_phase,
+    eval_results,
+    loading_code,
+    render_card,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,11 +36,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.analysis import Forward, is_recurrent, score_bytes
 from hf_latephase.compat import PreTrainedConfig
+from hf_latephase.core.points import steps_at
 from hf_latephase.data import BYTE_VOCAB_SIZE, ByteSplits, ByteWindows, encode_bytes, load_bytes
 from hf_latephase.models import LSTMLMConfig
-from hf_latephase.points import steps_at
-from hf_latephase.scoring import Forward, is_recurrent, score_bytes
 
 
 METHODS = ("late_phase", "base", "one_member", "accumulation")

@@ -39,10 +39,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_latephase.models  # noqa: F401  # makes the LSTM known to the Auto classes
 from hf_latephase import LatePhaseConfig
+from hf_latephase.analysis import Forward, score_bytes
+from hf_latephase.core.points import steps_at
+from hf_latephase.core.weights import find_targets
 from hf_latephase.data import TokenWindows, load_bytes
-from hf_latephase.points import steps_at
-from hf_latephase.scoring import Forward, score_bytes
-from hf_latephase.weights import find_targets
 
 
 SCORED = ("validation", "test")

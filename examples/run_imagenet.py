@@ -38,11 +38,11 @@ from vision_report import ImageResult, score, write_results
 
 import hf_latephase.models  # noqa: F401  # makes wide_resnet and pyramidnet known to the Auto classes
 from hf_latephase import LatePhaseConfig
+from hf_latephase.analysis import combine_predictions
+from hf_latephase.core.points import steps_at
+from hf_latephase.core.weights import find_targets
 from hf_latephase.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, EncodedImages, imagenet_transform
 from hf_latephase.data.vision import ImageSplits, load_images
-from hf_latephase.ensemble import combine_predictions
-from hf_latephase.points import steps_at
-from hf_latephase.weights import find_targets
 
 
 METHODS = ("late_phase", "base", "accumulation")

@@ -19,7 +19,7 @@ from run_finetune import SCORED, TextArguments, load_texts, make_scorer, tokeniz
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from hf_latephase.scoring import is_recurrent, mean_forward, model_forward
+from hf_latephase.analysis import is_recurrent, mean_forward, model_forward
 
 
 @dataclass

@@ -14,15 +14,15 @@ from transformers import AutoModelForImageClassification, TrainingArguments, def
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
-from hf_latephase.data.augmentation import DecodedImages, EncodedImages, EpochDraws
-from hf_latephase.ensemble import (
+from hf_latephase.analysis import (
     EnsemblePrediction,
     combine_predictions,
     evaluation_mode,
     predict_with_dropout,
     predict_with_members,
 )
-from hf_latephase.schedules import PiecewiseLinearScheduleMixin
+from hf_latephase.data.augmentation import DecodedImages, EncodedImages, EpochDraws
+from hf_latephase.training.schedules import PiecewiseLinearScheduleMixin
 
 
 RELOAD_TOLERANCE = 1e-5
@@ -46,7 +46,7 @@ class ImageTrainer(PiecewiseLinearScheduleMixin, LatePhaseTrainer):
         watched ([`DecodedImages`] or [`EncodedImages`]):
             The images that `evaluate` looks at.
         lr_points (`list[tuple[float, float]]`, *optional*):
-            As in [`~hf_latephase.schedules.PiecewiseLinearScheduleMixin`].
+            As in [`~hf_latephase.training.schedules.PiecewiseLinearScheduleMixin`].
     """
 
     def __init__(self, *args: Any, watched: Images, **kwargs: Any) -> None:

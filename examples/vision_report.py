@@ -11,7 +11,7 @@ from typing import Any
 from report import Result, format_table, plot_curves
 from torch import Tensor
 
-from hf_latephase.ensemble import EnsemblePrediction
+from hf_latephase.analysis import EnsemblePrediction
 from hf_latephase.metrics import OODAUROC, Calibration
 
 

@@ -1,8 +1,8 @@
 """Late-phase weights for the Hugging Face ecosystem: a better model out of the same training run."""
 
 from .config import LatePhaseConfig
-from .late_phase import LatePhase
-from .trainer import LatePhaseMixin, LatePhaseTrainer
+from .core.late_phase import LatePhase
+from .training.trainer import LatePhaseMixin, LatePhaseTrainer
 
 
 __all__ = ["LatePhase", "LatePhaseConfig", "LatePhaseMixin", "LatePhaseTrainer"]

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.sharding import gathered, named_parameters
+from hf_latephase.core.sharding import gathered, named_parameters
 
 
 class Traffic(TrainerCallback):

@@ -33,7 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.staging import STAGING_NAME
+from hf_latephase.training.checkpoints.staging import STAGING_NAME
 
 
 STEPS = 24

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.averaging import AverageSchedule, WeightAverage
-from hf_latephase.points import resolve_points
+from hf_latephase.core.averaging import AverageSchedule, WeightAverage
+from hf_latephase.core.points import resolve_points
 
 
 STEPS = 40

@@ -462,7 +462,7 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None
 def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: str) -> None:
     from types import SimpleNamespace as Stub
 
-    from hf_latephase.support import check_supported
+    from hf_latephase.training.support import check_supported
 
     state = Stub(fsdp_plugin=Stub(fsdp_version=backend.get("fsdp_version", 2)))
     fake = Stub(

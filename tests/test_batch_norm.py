@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 from transformers import TrainerCallback
 
 from hf_latephase import LatePhase, LatePhaseConfig
-from hf_latephase.running_statistics import forget_statistics, late_phase_layers, measure_statistics
+from hf_latephase.core.running_statistics import forget_statistics, late_phase_layers, measure_statistics
 
 
 K = 3

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.checkpoint import STATE_NAME, TENSORS_NAME
-from hf_latephase.staging import STAGING_NAME
+from hf_latephase.training.checkpoints.checkpoint import STATE_NAME, TENSORS_NAME
+from hf_latephase.training.checkpoints.staging import STAGING_NAME
 
 
 CONFIG = LatePhaseConfig(num_members=3, weights=["rank1"], late_phase_start=2)

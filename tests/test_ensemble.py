@@ -17,14 +17,16 @@ from tiny import VOCAB, gpt2, lstm
 from torch import Tensor, nn
 
 from hf_latephase import LatePhase, LatePhaseConfig
-from hf_latephase.ensemble import (
+from hf_latephase.analysis import (
     EnsemblePrediction,
     combine_predictions,
     ensemble_log_probs,
+    mean_forward,
+    model_forward,
     predict_with_dropout,
     predict_with_members,
+    score_bytes,
 )
-from hf_latephase.scoring import mean_forward, model_forward, score_bytes
 
 
 K = 4

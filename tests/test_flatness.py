@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_latephase import LatePhase, LatePhaseConfig
+from hf_latephase.analysis import hessian_eigenvalues, loss_along_directions
 from hf_latephase.data.vision import load_images
-from hf_latephase.flatness import hessian_eigenvalues, loss_along_directions
 from hf_latephase.models import WideResNetConfig, WideResNetForImageClassification
 
 

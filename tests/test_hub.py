@@ -39,8 +39,8 @@ from hf_latephase.models import (
     WideResNetConfig,
     WideResNetForImageClassification,
 )
-from hf_latephase.publishing import PublishingMixin
-from hf_latephase.publishing import logger as publishing_logger
+from hf_latephase.publishing.hub import PublishingMixin
+from hf_latephase.publishing.hub import logger as publishing_logger
 
 
 REPO = f"{USER}/model"

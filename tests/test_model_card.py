@@ -21,8 +21,8 @@ from packaging.version import Version
 from transformers import ByT5Tokenizer, Trainer
 
 from hf_latephase import LatePhaseConfig, LatePhaseMixin
-from hf_latephase.model_card import EMISSIONS_NAME, read_emissions
-from hf_latephase.trainer_card import final_results
+from hf_latephase.publishing.model_card import EMISSIONS_NAME, read_emissions
+from hf_latephase.publishing.trainer_card import final_results
 
 
 CARDS = Path(__file__).parent.parent / "model_cards"

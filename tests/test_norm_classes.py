@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from hf_latephase import LatePhase, LatePhaseConfig
-from hf_latephase.weights.norm import is_norm_layer
+from hf_latephase.core.weights.norm import is_norm_layer
 
 
 K, WIDTH = 3, 8

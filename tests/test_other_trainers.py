@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.trainer import LatePhaseMixin
+from hf_latephase.training.trainer import LatePhaseMixin
 
 
 CPU: dict[str, Any] = {

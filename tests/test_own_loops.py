@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.trainer import LatePhaseMixin
+from hf_latephase.training.trainer import LatePhaseMixin
 
 
 def late(K: int = 3, start: float = 0, **kwargs: Any) -> LatePhaseConfig:

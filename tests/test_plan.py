@@ -10,9 +10,9 @@ from tiny import gpt2, trainer
 from transformers import TrainerCallback
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.cycle import Cycle
-from hf_latephase.plan import Plan, make_plan
-from hf_latephase.points import resolve_points
+from hf_latephase.core.cycle import Cycle
+from hf_latephase.core.points import resolve_points
+from hf_latephase.training.plan import Plan, make_plan
 
 
 def plan_of(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hf_latephase import LatePhase, LatePhaseConfig
-from hf_latephase.weights.rank1_functions import rank1_linear, rank1_product
+from hf_latephase.core.weights.rank1_functions import rank1_linear, rank1_product
 
 
 N, M = 5, 7

@@ -10,7 +10,7 @@ from test_trainer import assert_same, weights_of
 from tiny import Text, gpt2, trainer
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.raw_evaluation import verdict
+from hf_latephase.training.raw_evaluation import verdict
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

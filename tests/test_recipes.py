@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 from vision import read_points, train
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.core.points import resolve_points
 from hf_latephase.data.vision import load_images
-from hf_latephase.points import resolve_points
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"

@@ -28,9 +28,9 @@ from vision import ImageTrainer, predict_logits, read_points, save_and_check, tr
 from vision_report import ImageResult, score, table
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.analysis import EnsemblePrediction, combine_predictions
 from hf_latephase.data.augmentation import DecodedImages, EpochDraws
 from hf_latephase.data.vision import load_images
-from hf_latephase.ensemble import EnsemblePrediction, combine_predictions
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from hf_latephase import LatePhase, LatePhaseConfig
+from hf_latephase.analysis import score_bytes
 from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
-from hf_latephase.scoring import score_bytes
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
-from hf_latephase.schedules import PiecewiseLinearScheduleMixin, get_piecewise_linear_schedule
+from hf_latephase.training.schedules import PiecewiseLinearScheduleMixin, get_piecewise_linear_schedule
 
 
 class Plain(PiecewiseLinearScheduleMixin, Trainer):

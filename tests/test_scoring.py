@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_latephase.analysis import TextScore, is_recurrent, mean_forward, model_forward, score_bytes
 from hf_latephase.data import BYTE_VOCAB_SIZE, encode_bytes, load_bytes
 from hf_latephase.metrics import BitsPerCharacter
 from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
-from hf_latephase.scoring import TextScore, is_recurrent, mean_forward, model_forward, score_bytes
 
 
 ENWIK6 = Path(__file__).parents[2] / "shared" / "data" / "enwik6"

@@ -13,7 +13,7 @@ from tiny import same_weights
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.trainer import LatePhaseMixin
+from hf_latephase.training.trainer import LatePhaseMixin
 
 
 st = pytest.importorskip("sentence_transformers")

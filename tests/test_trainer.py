@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
-from hf_latephase.ensemble import MemberTable
+from hf_latephase.analysis import MemberTable
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from tiny import HAS_STRATEGY, Text, llama, same_weights
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.trainer import LatePhaseMixin
+from hf_latephase.training.trainer import LatePhaseMixin
 
 
 trl = pytest.importorskip("trl")

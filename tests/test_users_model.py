@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2LMHeadModel, GPT2Model, Trainer, TrainerCallback
 
 from hf_latephase import LatePhase, LatePhaseConfig
-from hf_latephase.weights.guard import GuardedWeight
+from hf_latephase.core.weights.guard import GuardedWeight
 
 
 IDS = Text(3, seed=7).ids

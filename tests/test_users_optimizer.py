@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_latephase import LatePhase, LatePhaseConfig
-from hf_latephase.member_groups import MemberGroups
+from hf_latephase.core.member_groups import MemberGroups
 
 
 def groups_of(model: nn.Module, optimizer: Any) -> list[tuple[list[str], float, float]]:

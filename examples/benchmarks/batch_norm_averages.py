@@ -30,8 +30,8 @@ from transformers import AutoModelForImageClassification, TrainingArguments
 from vision import ImageTrainer, read_points, train
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.analysis import combine_predictions
 from hf_latephase.data.vision import load_images
-from hf_latephase.ensemble import combine_predictions
 from hf_latephase.metrics import Calibration
 
 

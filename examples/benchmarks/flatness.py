@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
 import hf_latephase.models  # noqa: F401  # makes wide_resnet and pyramidnet known to the Auto classes
+from hf_latephase.analysis import hessian_eigenvalues, loss_along_directions
 from hf_latephase.data.augmentation import DecodedImages, channel_statistics
 from hf_latephase.data.decoding import decode_images
 from hf_latephase.data.vision import load_images
-from hf_latephase.flatness import hessian_eigenvalues, loss_along_directions
 
 
 matplotlib.use("Agg")  # before pyplot: the machine may have no display

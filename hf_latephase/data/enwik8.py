@@ -48,7 +48,7 @@ def encode_bytes(data: bytes | np.ndarray) -> np.ndarray:
 
     Returns:
         `np.ndarray`: The ids as `int64`, eight times as large as `data`: for a long text encode a window at a time,
-        as [`ByteWindows`] and [`~hf_latephase.scoring.score_bytes`] do.
+        as [`ByteWindows`] and [`~hf_latephase.analysis.score_bytes`] do.
 
     Raises:
         `TypeError`: If an array is not `uint8`: it may hold ids already.

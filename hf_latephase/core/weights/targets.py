@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from ..config import LatePhaseConfig
+from ...config import LatePhaseConfig
 from . import batch_norm, experts, hypernet, norm, rank1, replicated
 
 

@@ -21,9 +21,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING
 from transformers.utils import logging
 
-from .config import CONFIG_NAME, LatePhaseConfig
-from .late_phase import LatePhase
-from .points import PointsInTraining
+from ..config import CONFIG_NAME, LatePhaseConfig
+from ..core.late_phase import LatePhase
+from ..core.points import PointsInTraining
 
 
 logger = logging.get_logger(__name__)

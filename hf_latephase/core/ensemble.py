@@ -48,6 +48,9 @@ def combine_predictions(logits: Iterable[Tensor]) -> EnsemblePrediction:
             Logits or log-probabilities `[..., classes]` of each member, all of one shape. Computed in float32 or
             wider.
 
+    Returns:
+        [`EnsemblePrediction`]: What the K predict together, and how far they disagree.
+
     Raises:
         `ValueError`: If there are no members, or they predict different numbers of examples or classes.
 
@@ -55,7 +58,7 @@ def combine_predictions(logits: Iterable[Tensor]) -> EnsemblePrediction:
 
     ```python
     >>> import torch
-    >>> from hf_latephase.ensemble import combine_predictions
+    >>> from hf_latephase.analysis import combine_predictions
 
     >>> certain = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log()
     >>> unlike = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
@@ -137,6 +140,9 @@ def predict_with_dropout(
             Number of masks.
         seed (`int`):
             Seeds PyTorch's random numbers. The same seed and inputs give the same prediction.
+
+    Returns:
+        [`EnsemblePrediction`]: What the samples predict together, and how far they disagree.
 
     Raises:
         `ValueError`: If `num_samples` is below 1, or the model has no dropout layer that drops anything.

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .averaged_view import AveragedView
-from .averaging import WeightAverage
-from .compat import TrainerHooks
-from .config import LatePhaseConfig
-from .late_phase import LatePhase
+from ..compat import TrainerHooks
+from ..config import LatePhaseConfig
+from ..core.averaged_view import AveragedView
+from ..core.averaging import WeightAverage
+from ..core.late_phase import LatePhase
+from ..core.member_groups import MemberGroups
+from ..core.optimizers import check_elementwise, group_apart, unwrapped
+from .checkpoints.resume import StateKeeper
 from .member_evaluation import MemberEvaluation
-from .member_groups import MemberGroups
 from .monitor import MemberMonitor
-from .optimizers import check_elementwise, group_apart, unwrapped
-from .resume import StateKeeper
 from .stepping import Stepping
 from .support import check_adapter, check_callbacks
 from .training_statistics import measure_with

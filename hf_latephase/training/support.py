@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.utils import is_peft_available
 
-from .compat import FSDP2_TORCH
-from .config import LatePhaseConfig
-from .points import resolve_points
-from .weights import find_targets
-from .weights.targets import attached_families
+from ..compat import FSDP2_TORCH
+from ..config import LatePhaseConfig
+from ..core.points import resolve_points
+from ..core.weights import find_targets
+from ..core.weights.targets import attached_families
 
 
 # Callbacks that go through the model's parameters one by one.

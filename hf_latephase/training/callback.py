@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .compat import LOOP_HAS_HOOKS
+from ..compat import LOOP_HAS_HOOKS
 
 
 class LatePhaseCallback(TrainerCallback):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .config import LatePhaseConfig
+from ..config import LatePhaseConfig
 
 
 # Before, the loss falls so fast that every average is behind the weights that it averages (docs/averaging.md).

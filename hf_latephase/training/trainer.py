@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from .averaging import AverageSchedule
+from ..compat import warn_of_untested
+from ..config import LatePhaseConfig
+from ..core.averaging import AverageSchedule
+from ..core.cycle import Cycle
+from ..core.ensemble import MemberTable
+from ..core.optimizers import check_trained, unwrapped
+from ..core.points import PointsInTraining, resolve_points
+from ..publishing.hub import Publishing, PublishingMixin
 from .callback import LatePhaseCallback
-from .checkpoint import has_state, last_whole_checkpoint
-from .compat import warn_of_untested
-from .config import LatePhaseConfig
-from .cycle import Cycle
-from .ensemble import MemberTable
+from .checkpoints.checkpoint import has_state, last_whole_checkpoint
+from .checkpoints.staging import Staging, keep_only, staging_folder
 from .lending import LendingMixin
-from .optimizers import check_trained, unwrapped
 from .plan import announce
-from .points import PointsInTraining, resolve_points
-from .publishing import Publishing, PublishingMixin
 from .raw_evaluation import tell_which_was_better, with_suffix
-from .staging import Staging, keep_only, staging_folder
 from .stepping import dealt_out
 from .support import check_supported
 from .training_statistics import generators_kept
@@ -282,6 +282,10 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._staging.checkpoint(self._get_output_dir(trial)):
             super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging.is_writing:  # once it is whole, and has its name
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         best = self.state.best_model_checkpoint

@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from .points import steps_at
+from ..core.points import steps_at
 
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def get_piecewise_linear_schedule(
 
     ```python
     >>> import torch
-    >>> from hf_latephase.schedules import get_piecewise_linear_schedule
+    >>> from hf_latephase.training.schedules import get_piecewise_linear_schedule
 
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     >>> schedule = get_piecewise_linear_schedule(optimizer, [(0.5, 0.1), (0.9, 0.02)], num_training_steps=10)

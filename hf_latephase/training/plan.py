@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .config import LatePhaseConfig
-from .cycle import Cycle
-from .points import PointsInTraining
+from ..config import LatePhaseConfig
+from ..core.cycle import Cycle
+from ..core.points import PointsInTraining
 
 
 logger = logging.get_logger(__name__)

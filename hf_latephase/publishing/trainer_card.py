@@ -13,6 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer
 from transformers.modelcard import METRIC_TAGS, TrainingSummary
 
+from ..core.optimizers import unwrapped
 from .model_card import (
     TAG,
     CardContents,
@@ -24,7 +25,6 @@ from .model_card import (
     render_card,
     task_of,
 )
-from .optimizers import unwrapped
 
 
 CARD_NAME = "README.md"

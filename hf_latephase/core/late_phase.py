@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .config import LatePhaseConfig
+from ..config import LatePhaseConfig
 from .saving import METHOD, save_as_before, save_stock_models
 from .sharding import gathered, named_parameters, sharded_like
 from .summary import summarise

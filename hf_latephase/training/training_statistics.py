@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .running_statistics import measure_statistics
+from ..core.running_statistics import measure_statistics
 
 
 def measure_with(trainer: Any) -> dict[str, Tensor]:

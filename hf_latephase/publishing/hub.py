@@ -15,9 +15,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from .compat import CONNECTION_ERRORS, REFUSAL, TrainerHooks
-from .config import CONFIG_NAME
-from .staging import Staging
+from ..compat import CONNECTION_ERRORS, REFUSAL, TrainerHooks
+from ..config import CONFIG_NAME
 from .trainer_card import write_model_card
 
 
@@ -103,7 +102,6 @@ class Publishing:
 class PublishingMixin(TrainerHooks):
     """The part of [`LatePhaseMixin`] that writes model cards and uploads."""
 
-    _staging: Staging
     _publishing: Publishing
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -171,9 +169,8 @@ class PublishingMixin(TrainerHooks):
             return super().push_to_hub(commit_message, blocking, token, revision, **_given(private), **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging.is_writing:
-            with self._publishing.checkpoint(checkpoint_folder):
-                super()._push_from_checkpoint(checkpoint_folder)
+        with self._publishing.checkpoint(checkpoint_folder):
+            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _remedy(error: BaseException) -> str | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from ...core.sharding import gathered, named_parameters, sharded_like
 from .checkpoint import check_trainers_files, damaged, load_state, read_tensors, save_state
-from .sharding import gathered, named_parameters, sharded_like
 
 
 @dataclass

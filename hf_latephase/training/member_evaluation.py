@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .ensemble import MemberTable, ensemble_log_probs, negative_log_likelihood
+from ..core.ensemble import MemberTable, ensemble_log_probs, negative_log_likelihood
 
 
 logger = logging.get_logger(__name__)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers.utils import requires_backends
 
-from .ensemble import evaluation_mode
+from ..core.ensemble import evaluation_mode
 
 
 # (what is called like the model, a batch) -> mean loss of the batch (0-d)
@@ -77,7 +77,7 @@ def loss_along_directions(
 
     ```python
     >>> import torch
-    >>> from hf_latephase.flatness import loss_along_directions
+    >>> from hf_latephase.analysis import loss_along_directions
 
     >>> model = torch.nn.Linear(3, 2)
     >>> batches = [torch.randn(8, 3), torch.randn(4, 3)]
@@ -153,7 +153,7 @@ def hessian_eigenvalues(
 
     ```python
     >>> import torch
-    >>> from hf_latephase.flatness import hessian_eigenvalues
+    >>> from hf_latephase.analysis import hessian_eigenvalues
 
     >>> model = torch.nn.Linear(2, 1, bias=False).double()
     >>> rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double()

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.utils import logging
 
-from .cycle import Cycle
-from .optimizers import FrozenMembers, depends_on_gradient_scale, set_decay, start_afresh, unwrapped
+from ..core.cycle import Cycle
+from ..core.optimizers import FrozenMembers, depends_on_gradient_scale, set_decay, start_afresh, unwrapped
+from ..core.sharding import rows_like
 from .process_statistics import ProcessStatistics
-from .sharding import rows_like
 
 
 logger = logging.get_logger(__name__)

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from hf_latephase.compat import state_name
 from hf_latephase.data.enwik8 import EOS_ID, encode_bytes
-from hf_latephase.ensemble import evaluation_mode
+
+from ..core.ensemble import evaluation_mode
 
 
 # (input_ids [B, T], state of the chunk before or None) -> (log probabilities [B, T, V], state for the chunk after)
@@ -110,7 +111,7 @@ def score_bytes(
     ```python
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from hf_latephase.data import BYTE_VOCAB_SIZE
-    >>> from hf_latephase.scoring import score_bytes
+    >>> from hf_latephase.analysis import score_bytes
 
     >>> ids = {"vocab_size": BYTE_VOCAB_SIZE, "bos_token_id": None, "eos_token_id": 1}
     >>> config = GPT2Config(n_positions=16, n_embd=8, n_layer=1, n_head=2, **ids)
@@ -194,7 +195,7 @@ def mean_forward(forwards: Sequence[Forward]) -> Forward:
     ```python
     >>> import torch
     >>> from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
-    >>> from hf_latephase.scoring import mean_forward, model_forward, score_bytes
+    >>> from hf_latephase.analysis import mean_forward, model_forward, score_bytes
 
     >>> config = LSTMLMConfig(hidden_size=16)
     >>> members = torch.nn.ModuleList(LSTMForCausalLM(config) for _ in range(3))

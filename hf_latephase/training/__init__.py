@@ -1,0 +1,1 @@
+"""Late-phase training through transformers' Trainer."""
