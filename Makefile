@@ -14,7 +14,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 # Threads that sleep while they wait: spinning ones lose most of their time when something else wants a core.
 demo: venv
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python examples/run_enwik8.py examples/recipes/enwik8_demo.yaml
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python examples/language_modeling/run_enwik8.py examples/language_modeling/recipes/enwik8_demo.yaml
 
 # One thread a worker: two workers that each take every core are slower than one.
 test: venv
@@ -25,10 +25,10 @@ test-slow: venv
 
 # On a machine with a GPU.
 test-gpu: venv
-	$(VENV)/bin/python -m pytest tests/test_cuda.py
+	$(VENV)/bin/python -m pytest tests/training/test_cuda.py
 
 # The same tests with other releases, each in an environment of its own: whatever pip takes today, the oldest that setup.py
-# admits, some between. Chosen tests only: make test-oldest TESTS="tests/test_config.py tests/test_trainer.py"
+# admits, some between. Chosen tests only: make test-oldest TESTS="tests/test_config.py tests/training/test_trainer.py"
 .venv-newest/.installed: PINS = :
 .venv-oldest/.installed: PINS = $(PYTHON) tests/oldest.py
 .venv-window/.installed: PINS = printf 'torch===2.9.1\ntransformers==5.0.0\n'

@@ -73,11 +73,15 @@ class Run:
 _SHORT = ["--method", METHOD, "base", "accumulation", "--max_steps=200", "--eval_steps=40"]
 RUNS = {
     "lstm-python-reference": Run(
-        "run_enwik8.py", "enwik8_demo.yaml", "Python's language reference", "python-language-reference", _SHORT
+        "language_modeling/run_enwik8.py",
+        "language_modeling/recipes/enwik8_demo.yaml",
+        "Python's language reference",
+        "python-language-reference",
+        _SHORT,
     ),
     "gpt2-python-reference": Run(
-        "run_enwik8.py",
-        "enwik8_demo.yaml",
+        "language_modeling/run_enwik8.py",
+        "language_modeling/recipes/enwik8_demo.yaml",
         "Python's language reference",
         "python-language-reference",
         [
@@ -87,7 +91,9 @@ RUNS = {
             "--learning_rate=2e-3",
         ],
     ),
-    "wide-resnet-digits": Run("run_cifar.py", "cifar_digits.yaml", "scikit-learn's digits", "digits"),
+    "wide-resnet-digits": Run(
+        "vision/run_cifar.py", "vision/recipes/cifar_digits.yaml", "scikit-learn's digits", "digits"
+    ),
 }
 
 
@@ -95,7 +101,7 @@ def train(run: Run, folder: Path) -> None:
     """Runs the command, unless it has run; its last act is the record of command and machine."""
     if (folder / RUN_NAME).is_file():
         return
-    parts = ["examples/" + run.script, "examples/recipes/" + run.recipe, *run.flags]
+    parts = [f"examples/{run.script}", f"examples/{run.recipe}", *run.flags]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, *parts, f"--output_dir={folder.resolve()}", "--report_to=none", "--disable_tqdm=true"]
     started = time.monotonic()

@@ -330,8 +330,8 @@ class LatePhaseConfig:
           1803.05407](https://arxiv.org/abs/1803.05407)).
         - `"finetune"`: a transformer on little text, with a constant rate and gradient accumulation over a multiple of
           five minibatches (`examples/benchmarks/RESULTS.md`).
-        - `"paper-lm"`: the paper's language model, as in `examples/recipes/enwik8_lstm_paper.yaml`.
-        - `"paper-cifar"`: the paper's wide residual network, as in `examples/recipes/cifar10_sgd.yaml`.
+        - `"paper-lm"`: the paper's language model, as in `examples/language_modeling/recipes/enwik8_lstm_paper.yaml`.
+        - `"paper-cifar"`: the paper's wide residual network, as in `examples/vision/recipes/cifar10_sgd.yaml`.
 
         Args:
             name (`str`):

@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny import gpt2, trainer
 
 from hf_latephase import LatePhaseConfig, compat
 from hf_latephase.compat import FSDP2_TORCH, TESTED_TRANSFORMERS
 from hf_latephase.training.checkpoints.staging import sort_checkpoints
 from hf_latephase.training.support import check_supported
+from tiny import gpt2, trainer
 
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"

@@ -52,7 +52,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_the_members_plot_is_the_notebooks() -> None:
-    notebook = json.loads((ROOT / "examples" / "members_around_their_mean.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((ROOT / "examples" / "toy" / "members_around_their_mean.ipynb").read_text(encoding="utf-8"))
     shown = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
     first = next(output["data"]["image/png"] for output in shown if "image/png" in output.get("data", {}))
     assert base64.b64decode(first) == (ROOT / "docs" / "members.png").read_bytes()

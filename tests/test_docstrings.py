@@ -71,6 +71,8 @@ def sections(docstring: str) -> dict[str, str]:
 
 def parameters(called: Any) -> tuple[set[str], bool]:
     """The names of the parameters that it has itself, not by inheritance, and whether it takes any others."""
+    if inspect.isclass(called) and not {"__init__", "__annotations__"} & set(vars(called)):
+        return set(), True
     taken = inspect.signature(called).parameters.values()
     names = {
         p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in ("self", "cls")

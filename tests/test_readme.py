@@ -14,12 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import draw_cycle
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import Text, arguments, gpt2, trainer
 from transformers import (
     AutoModelForCausalLM,
     ByT5Tokenizer,
@@ -29,8 +27,10 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+import draw_cycle
 from hf_latephase import LatePhase, LatePhaseConfig
 from hf_latephase.data import ByteSplits, load_bytes
+from tiny import Text, arguments, gpt2, trainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,25 +52,26 @@ IMAGES = (
     --model_config '{"depth": 10, "widen_factor": 1}' """
 )
 
+TEXT, VISION = "examples/language_modeling/", "examples/vision/"
 RUN = {
-    "python examples/run_enwik8.py examples/recipes/enwik8_demo.yaml": LSTM,
-    "python examples/run_enwik8.py examples/recipes/enwik8_demo.yaml --data_file my.txt": LSTM,
+    f"python {TEXT}run_enwik8.py {TEXT}recipes/enwik8_demo.yaml": LSTM,
+    f"python {TEXT}run_enwik8.py {TEXT}recipes/enwik8_demo.yaml --data_file my.txt": LSTM,
     # What the Hub or a download would give is a file, a folder and a tiny model here (see `workplace`).
-    "python examples/run_enwik8.py examples/recipes/enwik8_gpt2.yaml --method late_phase base": GPT2,
-    "python examples/run_finetune.py examples/recipes/finetune.yaml --model my/lm --data_file my.txt": (
+    f"python {TEXT}run_enwik8.py {TEXT}recipes/enwik8_gpt2.yaml --method late_phase base": GPT2,
+    f"python {TEXT}run_finetune.py {TEXT}recipes/finetune.yaml --model my/lm --data_file my.txt": (
         "--use_cpu --max_steps 2 --window 16 --output_dir out"
     ),
-    "python examples/score_ensemble.py --models outputs/a/base outputs/b/base --data_file my.txt": (
+    f"python {TEXT}score_ensemble.py --models outputs/a/base outputs/b/base --data_file my.txt": (
         "--models my/lm my/lm --use_cpu --window 16 --output_dir out"
     ),
-    "python examples/run_enwik8.py --help": "",
-    "python examples/run_cifar.py examples/recipes/cifar_digits.yaml": IMAGES,
-    "python examples/run_cifar.py examples/recipes/cifar10_swa.yaml": IMAGES + "--dataset my/folder",
-    "python examples/run_cifar.py examples/recipes/cifar10_sgd.yaml --dataset my/folder": IMAGES,
-    "python examples/run_imagenet.py examples/recipes/imagenet_resnet50.yaml": (
+    f"python {TEXT}run_enwik8.py --help": "",
+    f"python {VISION}run_cifar.py {VISION}recipes/cifar_digits.yaml": IMAGES,
+    f"python {VISION}run_cifar.py {VISION}recipes/cifar10_swa.yaml": IMAGES + "--dataset my/folder",
+    f"python {VISION}run_cifar.py {VISION}recipes/cifar10_sgd.yaml --dataset my/folder": IMAGES,
+    f"python {VISION}run_imagenet.py {VISION}recipes/imagenet_resnet50.yaml": (
         SHORT + "--model my/model --dataset my/folder"
     ),
-    "python examples/noisy_quadratic.py": "--output_dir out --replicas 20 --num_updates 50 --num_members 2",
+    "python examples/toy/noisy_quadratic.py": "--output_dir out --replicas 20 --num_updates 50 --num_members 2",
 }
 LAUNCHED = {
     "accelerate launch --config_file examples/accelerate_configs/ddp.yaml your_script.py",
@@ -78,7 +79,7 @@ LAUNCHED = {
 }
 # Makes an environment of its own first, which takes minutes: make is only asked what it would run then.
 MADE = {
-    "make demo": r"OMP_WAIT_POLICY=PASSIVE \S+ (examples/run_enwik8.py examples/recipes/enwik8_demo.yaml)",
+    "make demo": rf"OMP_WAIT_POLICY=PASSIVE \S+ ({TEXT}run_enwik8.py {TEXT}recipes/enwik8_demo.yaml)",
     "make test": r"OMP_NUM_THREADS=1 \S+ (-m pytest -n 2)",
 }
 CANNOT_RUN = {

@@ -33,7 +33,7 @@ class Run:
 
     Attributes:
         folder (`Path`): Its output folder; `log.txt` in it is what the script printed.
-        script (`str`): The script's name in `examples/`, which has a `main(arguments)`.
+        script (`str`): The name of a script in `language_modeling` or `vision`, which has a `main(arguments)`.
         arguments (`list[str]`): Its arguments, without `--output_dir`.
         labels (`dict[str, Any]`): What tells the run from the others.
         device (`str`): `"cpu"`, or `"cuda"` and bf16.
@@ -78,7 +78,7 @@ def run_all(runs: Sequence[Run], workers: int) -> None:
 def _one_thread() -> None:
     # Not by OMP_NUM_THREADS: torch has read it by now if the benchmark's own file imports torch.
     torch.set_num_threads(1)
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.extend(str(EXAMPLES / name) for name in ("language_modeling", "vision"))
 
 
 def collect(
