@@ -32,10 +32,8 @@ def warn_of_untested() -> None:
         )
 
 
-# transformers 5.0.
-PreTrainedConfig: Any = getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)
-# Which argument takes warmup as a share of the steps. transformers 5.0.
-WARMUP_SHARE = "warmup_steps" if RELEASE.major >= 5 else "warmup_ratio"
+PreTrainedConfig: Any = getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)  # transformers 5.0
+WARMUP_SHARE = "warmup_steps" if RELEASE.major >= 5 else "warmup_ratio"  # takes a share of the steps. transformers 5.0
 # What models call their memory of the text. transformers 5.24: `cache`.
 STATE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
@@ -51,6 +49,17 @@ LOOP_HAS_HOOKS = hasattr(Trainer, "_run_epoch")
 
 class _LoopHooks(_Trainer):
     """Calls the hooks of Trainer's newer loop from the older one, which is a single method. transformers 5.3."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if step := vars(cls).get("training_step"):
+
+            def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+                loss = step(self, *args, **kwargs)
+                self._sync_gradients = self.accelerator.sync_gradients
+                return loss
+
+            cls.training_step = training_step
 
     _run_trial: Any = None
     _sync_gradients = True
@@ -76,11 +85,6 @@ class _LoopHooks(_Trainer):
     def _norm_without_clipping(self) -> None:
         if not self.args.max_grad_norm:
             self._with_own_norm(self._get_grad_norm)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self._sync_gradients = self.accelerator.sync_gradients
-        return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_first_update or self.state.global_step < self.state.max_steps:
@@ -115,17 +119,16 @@ class _PushHook(_Trainer):
 
 
 class _LossHook(_Trainer):
-    """
-    Divides by the accumulation steps what `compute_loss_func` returns, if told to. transformers 5.19.
+    """Divides by the accumulation steps what `compute_loss_func` returns, if told to. transformers 5.19."""
 
-    One that cannot be called says that the loss is divided by now (TRL before 1).
-    """
-
-    loss_is_scaled_for_ga: bool | None = None
-    _loss_shifts_labels = False  # Trainer counts all labels
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        self._loss_shifts_labels = False  # Trainer counts all labels
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
+        # One that cannot be called is TRL's, before its release 1, which divides by itself.
         is_undivided = self.loss_is_scaled_for_ga is False and callable(self.compute_loss_func)
         return loss / self.current_gradient_accumulation_steps if is_undivided else loss
 

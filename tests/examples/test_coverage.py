@@ -47,18 +47,28 @@ coverage = load_coverage()
 
 
 # Older releases whose stock class is missing, cannot be trained or is reloaded with other logits.
-STOCK_FAILS = {"causal-lm/qwen3_next": "4.57", "causal-lm/apertus": "5.0", "image/convnext": "5.0"}
+STOCK_FAILS = {
+    "causal-lm/qwen3_next": ["4.56"], "causal-lm/apertus": ["4.56", "5.0"], "image/convnext": ["4.56"],
+    "causal-lm/recurrent_gemma": ["5.0"],
+}  # fmt: skip
 RELEASE = Version(transformers.__version__)
+
+
+def reload_problem(folder: Path) -> str:
+    try:
+        return stock_reload.problem(folder)
+    except NotImplementedError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("name", SUBSET)
 def test_an_architecture(name: str, tmp_path: Path) -> None:
     kind, _, architecture = name.partition("/")
     rows = list(examine(kind, architecture, tmp_path, ["rank1+norm", "head"]))
-    if name in STOCK_FAILS and Version(STOCK_FAILS[name]) > RELEASE:
-        cause = rows[0].cause or stock_reload.problem(tmp_path / rows[0].folder)
+    if f"{RELEASE.major}.{RELEASE.minor}" in STOCK_FAILS.get(name, ()):
+        cause = rows[0].cause or reload_problem(tmp_path / rows[0].folder)
         assert cause
-        pytest.skip(f"The stock class needs transformers {STOCK_FAILS[name]}, this is {RELEASE}: {cause}")
+        pytest.skip(f"The stock class of transformers {RELEASE} fails: {cause}")
     assert [row.family for row in rows] == ["stock", "rank1+norm", "head"], rows[0].cause
     for row in rows:
         assert row.result in ("saved", "no layer"), row

@@ -19,7 +19,7 @@ from image_training import read_points, train
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-RECIPES = EXAMPLES / "vision" / "recipes"
+RECIPES, BENCHMARKS = EXAMPLES / "vision" / "recipes", EXAMPLES / "benchmarks" / "evidence" / "recipes"
 CIFAR = (
     run_cifar.ModelArguments, run_cifar.ImageArguments, run_cifar.MethodArguments, LatePhaseConfig, TrainingArguments,
 )  # fmt: skip
@@ -50,7 +50,7 @@ STEPS_PER_EPOCH = 391  # 50,000 images in minibatches of 128
 
 
 def parsed(types, name, tmp_path, *flags):
-    folder = EXAMPLES / "benchmarks" / "evidence" / "recipes" if name.startswith("benchmark") else RECIPES
+    folder = BENCHMARKS if name.startswith("benchmark") else RECIPES
     arguments = [str(folder / f"{name}.yaml"), f"--output_dir={tmp_path / 'out'}", *flags]
     return parse_arguments(types, arguments)
 
