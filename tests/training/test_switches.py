@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -58,14 +56,6 @@ def assert_close(left: Any, right: Any, atol: float) -> None:
     assert list(left) == list(right)
     for name, value in left.items():
         assert torch.allclose(value, right[name], rtol=0, atol=atol), name
-
-
-@pytest.fixture(autouse=True)
-def _not_compiled() -> Iterator[None]:
-    """`torch_compile` sets variables that have later trainers compile, too, with older releases of transformers."""
-    yield
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO")]:
-        del os.environ[name]
 
 
 class Gradients(TrainerCallback):
