@@ -99,6 +99,7 @@ def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
     weight, members = parametrizations.original, parametrizations[0].members
     left, right = parametrizations[0].left, parametrizations[0].right
     dealt, bias = members.deal(rows), layer.bias
+    outputs: Tensor
     forward = plain_forward(module)
     if forward not in PLAIN_FORWARDS:
         return call_each(module, forward, members, (rows,), {})
