@@ -459,12 +459,16 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None
     ({"is_fsdp_enabled": True, "fsdp_version": 1}, r"FSDP1.*fsdp_version: 2"),
     ({"n_gpu": 2}, r"DataParallel.*torchrun"),
 ], ids=["deepspeed", "fsdp1", "dataparallel"])  # fmt: skip
-def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: str) -> None:
+def test_backends_that_cannot_hold_members_are_refused(
+    backend: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from types import SimpleNamespace as Stub
 
+    from hf_latephase.training import support
     from hf_latephase.training.adapter import TrainerAdapter
     from hf_latephase.training.support import check_supported
 
+    monkeypatch.setattr(support, "FSDP2_TORCH", "2.6")  # what else is said of FSDP2, whichever torch is installed
     state = Stub(fsdp_plugin=Stub(fsdp_version=backend.get("fsdp_version", 2)))
     fake = Stub(
         args=Stub(n_gpu=backend.get("n_gpu", 1), max_steps=-1), callback_handler=Stub(callbacks=[]),
