@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow test-gpu test-newest test-oldest test-window constraints quality style docs dist
+.PHONY: venv demo test test-slow test-gpu test-deepspeed test-newest test-oldest test-window constraints quality style docs dist
 
 venv: $(STAMP)
 
@@ -26,6 +26,15 @@ test-slow: venv
 # On a machine with a GPU.
 test-gpu: venv
 	$(VENV)/bin/python -m pytest tests/training/test_cuda.py
+
+# DeepSpeed on two processes, no GPU needed. In an environment of its own: where it is installed, accelerate and TRL import it.
+.venv-deepspeed/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pip install -c constraints.txt -e ".[test,deepspeed]"
+	touch $@
+
+test-deepspeed: .venv-deepspeed/.installed
+	OMP_NUM_THREADS=1 .venv-deepspeed/bin/python -m pytest -n 0 tests/training/test_deepspeed.py
 
 # The same tests with other releases, each in an environment of its own: whatever pip takes today, the oldest that setup.py
 # admits, some between. Chosen tests only: make test-oldest TESTS="tests/test_config.py tests/training/test_trainer.py"

@@ -76,6 +76,7 @@ RUN = {
 LAUNCHED = {
     "accelerate launch --config_file examples/accelerate_configs/ddp.yaml your_script.py",
     "accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml your_script.py",
+    "accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml your_script.py",
 }
 # Makes an environment of its own first, which takes minutes: make is only asked what it would run then.
 MADE = {
