@@ -27,10 +27,12 @@ test-slow: venv
 test-gpu: venv
 	$(VENV)/bin/python -m pytest tests/training/test_cuda.py
 
-# DeepSpeed on two processes, no GPU needed. In an environment of its own: where it is installed, accelerate and TRL import it.
+# DeepSpeed, the release that has passed, on two processes without a GPU. In an environment of its own: accelerate and TRL
+# import it wherever they find it, and pip builds it from source.
 .venv-deepspeed/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv-deepspeed
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pip install -c constraints.txt -e ".[test,deepspeed]"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pip install -c constraints.txt -e ".[test,deepspeed]" \
+		deepspeed==0.19.8
 	touch $@
 
 test-deepspeed: .venv-deepspeed/.installed

@@ -76,7 +76,6 @@ RUN = {
 LAUNCHED = {
     "accelerate launch --config_file examples/accelerate_configs/ddp.yaml your_script.py",
     "accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml your_script.py",
-    "accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml your_script.py",
 }
 # Makes an environment of its own first, which takes minutes: make is only asked what it would run then.
 MADE = {
@@ -85,6 +84,9 @@ MADE = {
 }
 CANNOT_RUN = {
     'pip install ".[examples,vision]" torch torchvision': "needs the network; `make` and test_packaging.py install",
+    "accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml your_script.py": (
+        "needs DeepSpeed; test_deepspeed.py launches it where that is installed"
+    ),
 }
 
 

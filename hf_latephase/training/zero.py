@@ -55,9 +55,12 @@ class EngineStepping(Stepping):
 
     def begin_training(self) -> None:
         """Begins a cycle with the optimizer that the engine has taken apart by now."""
+        # Kept: while it steps the engine shows one group only.
+        self._late_groups = [group for group in self._trainer.optimizer.param_groups if group[LATE_PHASE]]
         super().begin_training()
         self._members_in_mean = self._late_phase.num_members
-        self._squares: list[Tensor] = []
+        # Of the gradients of the base and of the members, this process's parts.
+        self._squares: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._rows: dict[int, Tensor] = {}
         self._row_hooks: list[RemovableHandle] = []
         self._frozen_groups: list[FrozenMembers] = []
@@ -73,8 +76,7 @@ class EngineStepping(Stepping):
             hook.remove()
 
     def _in_optimizer(self, late: dict[str, nn.Parameter]) -> list[Tensor]:
-        groups = self._trainer.optimizer.param_groups
-        return [part for group in groups if group[LATE_PHASE] for part in group["params"]]
+        return [part for group in self._late_groups for part in group["params"]]
 
     def _run_in_cycle(
         self, training_step: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items_in_batch: Any
@@ -116,12 +118,14 @@ class EngineStepping(Stepping):
         absent = self.cycle.absent() if self.in_cycles else []
         for group in optimizer.param_groups:  # ZeRO steps one group after the other
             is_late = group[LATE_PHASE]
-            members = self._members_in_mean if self.in_cycles else 1
-            factor = members * (1.0 if is_late else self.base_gradient_scale)
+            factor = 1.0 if is_late else self.base_gradient_scale
+            if self.in_cycles:
+                factor *= self._members_in_mean
             for part in group["params"]:
                 if part.grad is None:
                     continue
-                self._squares.append(part.grad.float().square().sum() * part.grad.new_tensor([not is_late, is_late]))
+                if self.in_cycles:
+                    self._squares[is_late].append(part.grad.float().square().sum())
                 if factor != 1:
                     part.grad.mul_(factor)
             if absent and is_late:
@@ -158,11 +162,13 @@ class EngineStepping(Stepping):
 
     def _share_norms(self) -> None:
         """Has all processes know the norms of base and members, from their parts' squares after clipping."""
-        if self._squares and self.grad_norm is not None:
-            squares = self._trainer.accelerator.reduce(torch.stack(self._squares).sum(0), "sum")
-            base, late = (self.grad_norm * (squares / squares.sum()).sqrt()).unbind()
+        norm = self.grad_norm
+        if norm is not None and any(self._squares):  # the engine skips a step whose gradients are not finite
+            sums = torch.stack([torch.stack([norm.new_zeros(()), *squares]).sum() for squares in self._squares])
+            squares = self._trainer.accelerator.reduce(sums, "sum")
+            base, late = (norm * (squares / squares.sum().clamp(min=1e-38)).sqrt()).unbind()
             self._monitor.gradient_norms = (base, late)
-        self._squares = []
+        self._squares = ([], [])
 
 
 def mark_groups(optimizer: Optimizer, late: dict[str, nn.Parameter]) -> None:

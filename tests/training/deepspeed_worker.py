@@ -110,6 +110,9 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     if "zero" in task:
         arguments["deepspeed"] = task["zero"]
     model = MODELS[task.get("model", "gpt2")](**task.get("model_arguments", {}))
+    if "weights" in task:
+        found = torch.load(task["weights"], weights_only=True)["weights"]
+        model.load_state_dict({name: found[f"model.{name}"] for name in model.state_dict()})
     run = trainer(
         folder, model, LatePhaseConfig(**task["config"]), rows=task.get("rows", 500), optimizer=optimizer,
         **{**arguments, **task.get("arguments", {})},
