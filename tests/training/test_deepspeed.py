@@ -82,12 +82,13 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 # ---- equal to DDP ----
 
+# Gradients have a norm of 2 to 5 then, and are clipped. Clipping adds 1e-6 to that here, to K times that with DDP.
+LARGE = {"initializer_range": 0.2}
 MATRIX = {
     f"{family} {optimizer} {K} members, {steps} accumulated": {
         "config": {"num_members": K, "weights": [family], "late_phase_start": 10},
         "sgd": optimizer == "sgd",
-        # Norms of 2 to 5, so clipped: clipping adds 1e-6 to that of the mean loss here, of K times it with DDP.
-        "model_arguments": {"initializer_range": 0.2},
+        "model_arguments": LARGE if optimizer == "sgd" else {},
         "arguments": {"gradient_accumulation_steps": steps, "max_grad_norm": 1.0},
     }
     for family, optimizer, (K, steps) in itertools.product(
@@ -97,9 +98,9 @@ MATRIX = {
 
 
 def _other(config: dict[str, Any], sgd: bool = True, **task: Any) -> dict[str, Any]:
-    arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "max_steps": 20, **task.pop("arguments", {})}
+    arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "max_steps": 20, **task.pop("arguments", {})}
     config = {"num_members": 4, "weights": ["norm"], "late_phase_start": 5, **config}
-    return {"config": config, "sgd": sgd, "arguments": arguments, **task}
+    return {"config": config, "sgd": sgd, "arguments": arguments, "model_arguments": LARGE if sgd else {}, **task}
 
 
 # Five minibatches of each process to an epoch: its last window has two, too few for four members, or for equal shares.
@@ -162,7 +163,8 @@ def test_zero_is_ddp(matrix, case: str, stage: int) -> None:
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_settings_are_those_of_ddp(others, case: str) -> None:
-    assert_equal_to_ddp(others[case], others[f"{case}, ddp"], 2e-6)
+    # Up to 3e-6 was seen, which is what float32 makes of sums in another order; a mistake makes 1e-3 and more.
+    assert_equal_to_ddp(others[case], others[f"{case}, ddp"], 5e-6)
 
 
 # ---- traffic ----
@@ -192,21 +194,29 @@ def saved_runs(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
         "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "greater_is_better": True,
         "metric_for_best_model": "eval_loss",
     }  # fmt: skip
-    sgd = _other({"weights": ["rank1"], "swa_start": 7}, arguments=RESUMED) | {"zero": zero(1)}
-    adamw = _other({}, sgd=False, arguments=RESUMED) | {"zero": zero(2)}
-    runs: dict[str, dict[str, Any]] = {"sgd": sgd, "adamw": adamw}
+
+    def adamw(**arguments: Any) -> dict[str, Any]:
+        return _other({}, sgd=False, arguments=RESUMED | arguments)
+
+    engine = {"zero": zero(2)}
+    runs = {
+        "sgd": _other({"weights": ["rank1"], "swa_start": 7}, arguments=RESUMED) | {"zero": zero(1)},
+        "adamw": adamw() | engine,
+    }
     for name in ("sgd", "adamw"):
         for step in (4, 8, 12):
             runs[f"{name} from {step}"] = runs[name] | {"resume": str(folder / name / f"checkpoint-{step}")}
-    runs["best"] = {**adamw, "arguments": RESUMED | best, "saved": str(folder / "best-saved"), "members": True}
-    runs["best, ddp"] = {name: value for name, value in runs["best"].items() if name != "zero"}
-    runs["best, ddp"]["saved"] = str(folder / "best-ddp-saved")
-    runs["pushed"] = {**adamw, "push": True, "arguments": RESUMED | {"push_to_hub": True, "save_strategy": "no"}}
-    runs["again"] = {**adamw, "again": True, "arguments": RESUMED | {"save_strategy": "no"}}
-    runs["afresh"] = {**adamw, "weights": str(folder / "adamw.pt"), "arguments": runs["again"]["arguments"]}
-    refused = {"is_refused": True, "arguments": RESUMED}
-    runs["not resumed with DDP"] = _other({}) | refused | {"resume": str(folder / "adamw" / "checkpoint-8")}
-    runs["not resumed from DDP"] = {**adamw, **refused, "resume": str(folder / "best, ddp" / "checkpoint-8")}
+    for name, own in {"best": engine, "best, ddp": {}}.items():
+        runs[name] = adamw(**best) | own | {"saved": str(folder / f"{name}-saved"), "members": True}
+    unsaved = adamw(save_strategy="no") | engine
+    runs["pushed"] = adamw(save_strategy="no", push_to_hub=True) | engine | {"push": True}
+    runs["again"] = unsaved | {"again": True}
+    runs["afresh"] = unsaved | {"weights": str(folder / "adamw.pt")}
+    for name, own, checkpoint in (
+        ("not resumed with DDP", {}, folder / "adamw" / "checkpoint-8"),
+        ("not resumed from DDP", engine, folder / "best, ddp" / "checkpoint-8"),
+    ):
+        runs[name] = adamw() | own | {"resume": str(checkpoint), "is_refused": True}
     return folder, launch(folder, runs)
 
 
@@ -236,7 +246,7 @@ def test_the_best_model_is_evaluated_and_saved_as_a_stock_model(saved_runs) -> N
             name: value for name, value in best["weights"].items() if name.startswith("model.")
         })  # fmt: skip
     assert sorted(p.name for p in (folder / "best-saved").iterdir()) == sorted(
-        p.name for p in (folder / "best-ddp-saved").iterdir()
+        p.name for p in (folder / "best, ddp-saved").iterdir()
     )
 
 
