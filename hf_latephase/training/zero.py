@@ -164,8 +164,9 @@ class EngineStepping(Stepping):
         """Has all processes know the norms of base and members, from their parts' squares after clipping."""
         norm = self.grad_norm
         if norm is not None and any(self._squares):  # the engine skips a step whose gradients are not finite
-            sums = torch.stack([torch.stack([norm.new_zeros(()), *squares]).sum() for squares in self._squares])
-            squares = self._trainer.accelerator.reduce(sums, "sum")
+            # An offloaded optimizer's are on the CPU.
+            own = [sum((square.to(norm.device) for square in kind), norm.new_zeros(())) for kind in self._squares]
+            squares = self._trainer.accelerator.reduce(torch.stack(own), "sum")
             base, late = (norm * (squares / squares.sum().clamp(min=1e-38)).sqrt()).unbind()
             self._monitor.gradient_norms = (base, late)
         self._squares = ([], [])
