@@ -461,22 +461,23 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None
 def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: str) -> None:
     from types import SimpleNamespace as Stub
 
+    from hf_latephase.training.adapter import TrainerAdapter
     from hf_latephase.training.support import check_supported
 
     state = Stub(fsdp_plugin=Stub(fsdp_version=backend.get("fsdp_version", 2)))
     fake = Stub(
-        args=Stub(n_gpu=backend.get("n_gpu", 1), max_steps=-1), callbacks=[],
+        args=Stub(n_gpu=backend.get("n_gpu", 1), max_steps=-1), callback_handler=Stub(callbacks=[]),
         accelerator=Stub(state=state),
         is_deepspeed_enabled=False, is_fsdp_enabled=backend.get("is_fsdp_enabled", False),
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        check_supported(fake, LatePhaseConfig())
+        check_supported(TrainerAdapter(fake), LatePhaseConfig())
     fake.args.n_gpu, state.fsdp_plugin.fsdp_version = 1, 2
-    check_supported(fake, LatePhaseConfig())
+    check_supported(TrainerAdapter(fake), LatePhaseConfig())
     # Still sharded, if it was.
     if fake.is_fsdp_enabled:
         with pytest.raises(ValueError, match="average_device='cpu': with FSDP.*Leave average_device out"):
-            check_supported(fake, LatePhaseConfig(ema_memory=0.1, average_device="cpu"))
+            check_supported(TrainerAdapter(fake), LatePhaseConfig(ema_memory=0.1, average_device="cpu"))
 
 
 @pytest.mark.parametrize(("strategy", "reshards"), [("FULL_SHARD", "true"), ("SHARD_GRAD_OP", "false")])
@@ -486,13 +487,14 @@ def test_the_lines_that_make_fsdp1_fsdp2_are_those_of_accelerate(strategy: str, 
     from accelerate.commands.to_fsdp2 import convert_config_to_fsdp2
     from torch.distributed.fsdp import ShardingStrategy
 
+    from hf_latephase.training.adapter import TrainerAdapter
     from hf_latephase.training.support import check_supported
 
     plugin = Stub(fsdp_version=1, sharding_strategy=ShardingStrategy[strategy])
     fake = Stub(args=Stub(), accelerator=Stub(state=Stub(fsdp_plugin=plugin)))
     fake.is_deepspeed_enabled, fake.is_fsdp_enabled = False, True
     with pytest.raises(ValueError, match=f"fsdp_reshard_after_forward: {reshards}") as refusal:
-        check_supported(fake, LatePhaseConfig())
+        check_supported(TrainerAdapter(fake), LatePhaseConfig())
     old = {
         "fsdp_sharding_strategy": strategy, "fsdp_use_orig_params": True, "fsdp_sync_module_states": True,
         "fsdp_backward_prefetch": "BACKWARD_PRE", "fsdp_forward_prefetch": False,
