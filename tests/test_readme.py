@@ -84,6 +84,9 @@ MADE = {
 }
 CANNOT_RUN = {
     'pip install ".[examples,vision]" torch torchvision': "needs the network; `make` and test_packaging.py install",
+    "accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml your_script.py": (
+        "needs DeepSpeed; test_deepspeed.py launches it where that is installed"
+    ),
 }
 
 
