@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,13 @@ def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
     Dimensions that all three begin with are a batch: `[E, n, m]`, `[E, n]` and `[E, m]`.
     """
-    return _Rank1Product.apply(weight, left, right)
+    (product,) = _Rank1Products.apply(weight, left, right)
+    return product
+
+
+def rank1_products(factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    """Returns the rank-1 product of each weight, left and right factor; one call of autograd for all of them."""
+    return _Rank1Products.apply(*itertools.chain.from_iterable(factors))
 
 
 def rank1_linear(
@@ -49,20 +56,24 @@ def _compute_dtype(rows: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-class _Rank1Product(torch.autograd.Function):
-    """`weight * left * right` that keeps no weight-sized intermediate for the backward pass."""
+class _Rank1Products(torch.autograd.Function):
+    """`weight * left * right` of every three tensors; no weight-sized intermediate is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(weight, left, right)
-        return _product(weight, left, right)
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        return tuple(_product(*tensors[start : start + 3]) for start in range(0, len(tensors), 3))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        weight, left, right = ctx.saved_tensors
-        return _gradients(grad, weight, left, right, ctx.needs_input_grad, in_place=False)
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        gradients: list[Tensor | None] = []
+        for index, grad in enumerate(grads):
+            own = slice(3 * index, 3 * index + 3)
+            weight, left, right = tensors[own]
+            gradients += _gradients(grad, weight, left, right, wanted[own], in_place=False)
+        return tuple(gradients)
 
 
 class _Rank1Linear(torch.autograd.Function):
