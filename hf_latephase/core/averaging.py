@@ -22,7 +22,7 @@ from .sharding import named_parameters
 logger = logging.get_logger(__name__)
 
 
-class WeightAverage:
+class TimeAverage:
     """
     A running average of a model's weights, kept beside the model.
 
@@ -121,10 +121,10 @@ class WeightAverage:
             samples,
             [None] * len(averaged),
             fused=True,
-            found_inf=leaves_out.float(),  # type: ignore[arg-type]
+            found_inf=leaves_out.float(),
             weight_decay=1.0,
             momentum=0.0,
-            lr=weight,  # type: ignore[arg-type]
+            lr=weight,
             dampening=0.0,
             nesterov=False,
             maximize=True,
@@ -250,7 +250,7 @@ class AverageSchedule:
         self._points = points
         self.last_step = step
 
-    def sample(self, average: WeightAverage, step: int) -> None:
+    def sample(self, average: TimeAverage, step: int) -> None:
         """Takes the current weights into the average, if it is time."""
         steps, start = step - self.last_step, self._points.average_start
         if average.num_averaged:

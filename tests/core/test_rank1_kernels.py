@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hf_latephase.core.weights import rank1_fused
 
 
 ROOT = Path(__file__).parents[2]
+KERNELS = "hf_latephase.core.weights.rank1_kernels"  # imports triton
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="PyTorch for CPUs comes without triton."
 )
@@ -92,3 +94,25 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert importlib.reload(rank1_fused).ENABLED is expected
     monkeypatch.delenv(rank1_fused.SWITCH)
     assert importlib.reload(rank1_fused).ENABLED
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels work there, and are what a layer uses."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for weight, other in itertools.product(rank1_fused.DTYPES, repeat=2):
+        rank1_fused.check(importlib.import_module(KERNELS), device, weight, other)
+    layer = nn.Linear(300, 70, device=device)
+    model = nn.Sequential(layer)
+    LatePhase(model, LatePhaseConfig(num_members=2, weights=["rank1"], target_modules=["0"])).release()
+    original = model[0].parametrizations.weight.original
+    factors = [stack[1] for stack in model[0].parametrizations.weight[0].parameters()]
+    assert rank1_fused.kernels(original, *factors, torch.bfloat16) is not None
+    results = []
+    for enabled in (True, False):
+        monkeypatch.setattr(rank1_fused, "ENABLED", enabled)
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(torch.linspace(-1, 1, 1200, device=device).view(4, 300))
+        results.append([output, *torch.autograd.grad(output.float().sum(), list(model.parameters()))])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 3 * torch.finfo(torch.bfloat16).eps * theirs.abs().max()

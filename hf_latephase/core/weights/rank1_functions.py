@@ -20,13 +20,14 @@ def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
     Dimensions that all three begin with are a batch: `[E, n, m]`, `[E, n]` and `[E, m]`.
     """
-    (product,) = _Rank1Products.apply(weight, left, right)
+    (product,) = rank1_products([(weight, left, right)])
     return product
 
 
 def rank1_products(factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
     """Returns the rank-1 product of each weight, left and right factor; one call of autograd for all of them."""
-    return _Rank1Products.apply(*itertools.chain.from_iterable(factors))
+    products: tuple[Tensor, ...] = _Rank1Products.apply(*itertools.chain.from_iterable(factors))
+    return products
 
 
 def rank1_linear(
@@ -44,7 +45,7 @@ def rank1_linear(
     # Views are taken outside: a view that a Function returns could not be changed in place, as some models do. So is
     # the cast that autocast would make inside, where the rows would be kept in both dtypes.
     flat = rows.reshape(-1, rows.shape[-1]).to(_compute_dtype(rows))
-    outputs = _Rank1Linear.apply(flat, weight, left, right, bias, transposed)
+    outputs: Tensor = _Rank1Linear.apply(flat, weight, left, right, bias, transposed)
     return outputs if rows.ndim == 2 else outputs.view(*rows.shape[:-1], outputs.shape[-1])
 
 
@@ -62,7 +63,8 @@ class _Rank1Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
-        return tuple(_product(*tensors[start : start + 3]) for start in range(0, len(tensors), 3))
+        weights, lefts, rights = tensors[::3], tensors[1::3], tensors[2::3]
+        return tuple(_product(*factors) for factors in zip(weights, lefts, rights, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -80,7 +82,7 @@ class _Rank1Linear(torch.autograd.Function):
     """A linear layer, of rows `[B, m]`, with a rank-1 product for its weight, of which nothing is kept."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, transposed: bool
     ) -> Tensor:
         ctx.save_for_backward(rows, weight, left, right)

@@ -25,7 +25,7 @@ def product(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> 
     Computed in float32 (float64 of such a weight) and rounded once.
     """
     output = torch.empty_like(weight, dtype=dtype)
-    with torch.cuda.device_of(weight):
+    with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
         product_kernel[_grid(weight)](weight, left, right, output, *weight.shape[-2:], _wide(weight), ROWS, COLUMNS)
     return output
 
@@ -46,7 +46,7 @@ def gradients(
     left_sums = left.new_empty((*left.shape[:-1], columns, left.shape[-1]), dtype=dtype)
     right_sums = right.new_empty((*right.shape[:-1], rows, right.shape[-1]), dtype=dtype)
     output = grad if grad_weight is None else grad_weight
-    with torch.cuda.device_of(weight):
+    with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
         gradients_kernel[grid](
             grad, weight, left, right, output, left_sums, right_sums, *weight.shape[-2:], grad_weight is not None,
             _wide(weight), ROWS, COLUMNS,
@@ -73,7 +73,7 @@ def _wide(weight: Tensor) -> Any:
 _FACTORS = ["left", "right"]
 
 
-@triton.jit(do_not_specialize_on_alignment=_FACTORS)
+@triton.jit(do_not_specialize_on_alignment=_FACTORS)  # type: ignore[untyped-decorator]
 def product_kernel(  # type: ignore[no-untyped-def]
     weight, left, right, output, n, m,
     wide: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -90,7 +90,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     tl.store(output + at, (w * v[None, :] * u[:, None]).to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=_FACTORS)
+@triton.jit(do_not_specialize_on_alignment=_FACTORS)  # type: ignore[untyped-decorator]
 def gradients_kernel(  # type: ignore[no-untyped-def]
     grad, weight, left, right, output, left_sums, right_sums, n, m,
     for_weight: tl.constexpr, wide: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
