@@ -20,6 +20,7 @@ logger = logging.get_logger(__name__)
 RELEASE = Version(transformers.__version__)
 _Trainer: Any = object  # what comes behind in a trainer's bases
 FSDP2_TORCH = "2.13"  # before, updates with FSDP2 differ from those of one process by 3e-8 (seen with 2.7.1 and 2.9.1)
+DEEPSPEED = "0.19.8"  # older ones were never tried
 TESTED_TRANSFORMERS = "5.24"  # the newest that all tests have passed with
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import LatePhaseConfig
 from .saving import METHOD, save_as_before, save_stock_models
-from .sharding import gathered, named_parameters, sharded_like
+from .sharding import Storage, named_parameters
 from .summary import summarise
 from .weights import PARAMETRIZATIONS, Attachment, Members, Target, attach, detach, find_targets, fold, write
 from .weights.attach import keep, restore
@@ -71,6 +71,10 @@ class LatePhase:
         self.is_attached = False
         # What saving shows of the model besides the members' average; a trainer sets the average over time.
         self.view: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        # Where the weights are that training goes on with; a trainer may keep others than the model's.
+        self.storage = Storage()
+        # What a trainer does with the members, in one line, once it has begun.
+        self.plan: str | None = None
         self._found = find_targets(model, config)
         self._attachments: list[Attachment] = []
         # The members of a detached model, by their names in the attached one.
@@ -173,7 +177,7 @@ class LatePhase:
 
     def summary(self) -> str:
         """
-        Returns what is replicated, by family and by the rule that chose it, and what it costs.
+        Returns what is replicated, by family and by the rule that chose it, what it costs, and a trainer's plan.
 
         [`~LatePhase.targets`] lists each layer with its rule.
 
@@ -192,7 +196,8 @@ class LatePhase:
         ```
         """
         with self.attached():
-            return summarise(self.model, self._attachments, self._found.frozen, self.num_members)
+            lines = summarise(self.model, self._attachments, self._found.frozen, self.num_members)
+        return lines if self.plan is None else f"{lines}\n{self.plan}"
 
     def is_late_phase(self, parameter_name: str) -> bool:
         """Whether a name in `model.named_parameters()` belongs to a stack `[K, ...]` of members."""
@@ -297,7 +302,7 @@ class LatePhase:
         if self.released:
             raise RuntimeError("The members were released before; rejoin() makes them one again.")
         for stack in self.stacks().values():
-            self._set_members(stack, gathered(stack)[:1], generator)
+            self._set_members(stack, self.storage.read(stack)[:1], generator)
         self.share_first_member(list(self.statistics().values()))
         self.members.released = True
 
@@ -308,7 +313,7 @@ class LatePhase:
         # Of these the average is that of the layers' outputs.
         folded = fold(self.model, layers, self.model.state_dict())
         for stack in self.stacks().values():
-            self._set_members(stack, self.members.average(gathered(stack)).unsqueeze(0), None, noise=False)
+            self._set_members(stack, self.members.average(self.storage.read(stack)).unsqueeze(0), None, noise=False)
         write(self.model, layers, folded)
         self.members.released = False
 
@@ -316,7 +321,7 @@ class LatePhase:
     def share_first_member(self, stacks: list[Tensor]) -> None:
         """Writes row 0 of each stack `[K, ...]` into all its rows."""
         for stack in stacks:
-            self._set_members(stack, gathered(stack)[:1], None, noise=False)
+            self._set_members(stack, self.storage.read(stack)[:1], None, noise=False)
 
     def averaged_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """
@@ -359,7 +364,7 @@ class LatePhase:
         spread, size = [], []
         with torch.no_grad():
             for stack in self.stacks().values():
-                values = gathered(stack)
+                values = self.storage.read(stack)
                 mean = self.members.average(values).unsqueeze(0)
                 spread.append((values - mean).square().float().mean(0).sum())
                 size.append(mean.square().float().sum())
@@ -382,7 +387,7 @@ class LatePhase:
             drawn = torch.randn(stack.shape, generator=generator, dtype=torch.float64)
             rms = shared.double().square().mean().sqrt()
             values = (values.double() + self.config.init_noise * rms * drawn.to(rms.device)).to(stack.dtype)
-        stack.copy_(sharded_like(stack, values.clone()))
+        self.storage.write(stack, values.clone())
 
     def _move_members(self) -> None:
         first = next(iter(self.model.parameters()), None)

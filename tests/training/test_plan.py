@@ -71,7 +71,7 @@ def test_the_accumulation_that_is_named_keeps_all_updates(
 @pytest.mark.parametrize(("settings", "saved"), [
     ({}, "the weights as they are"),
     ({"ema_decay": 0.999},
-     "a moving average over time (ema_decay=0.999, ramped) of the weights, from step 500 on, taken after each update"),
+     "a moving average over time (ema_decay=0.999, ramped) of the weights, from step 600 on, taken after each update"),
     ({"ema_memory": 0.1, "ema_start": 0, "ema_every": 10},
      "a moving average over time (ema_memory=0.1) of the weights, from step 1 on, taken every 10 steps"),
     ({"swa_start": 0.75},
@@ -115,3 +115,6 @@ def test_the_run_does_what_it_says(tmp_path, caplog: pytest.LogCaptureFixture, a
         r for r in caplog.records if r.levelname == "WARNING" and "the base takes 4 updates instead of 10" in r.message
     ]
     assert len(warned) == (accumulation == 1)
+    *_, cost, plan = run.late_phase.summary().splitlines()
+    assert cost.startswith("3 members: ")
+    assert plan.startswith("Late phase from step 4 of 14 on") and ("instead of 10" in plan) == (accumulation == 1)
