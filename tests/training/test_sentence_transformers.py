@@ -168,7 +168,8 @@ def test_model_init(tmp_path) -> None:
     stock: Any = st.SentenceTransformerTrainer
     run = type("Late", (LatePhaseMixin, stock), {})(
         model=None, model_init=lambda: bi_encoder(tmp_path), args=args, train_dataset=pairs(24),
-        loss=losses.CosineSimilarityLoss(bi_encoder(tmp_path)), late_phase_config=config(2, ["norm"], late_phase_start=0),
+        loss=losses.CosineSimilarityLoss(bi_encoder(tmp_path)),
+        late_phase_config=config(2, ["norm"], late_phase_start=0),
     )  # fmt: skip
     run.train()
     assert run.late_phase.model is run.model and run.loss.model is run.model
