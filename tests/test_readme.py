@@ -88,6 +88,9 @@ CANNOT_RUN = {
     f"python {SPEED}speed.py --device cuda": "needs a GPU",
     f"HF_LATEPHASE_FUSED=0 python {SPEED}speed.py --device cuda --rows rank1 --write false": "needs a GPU",
     f"python {SPEED}overhead.py --device cuda": "needs a GPU",
+    "accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml your_script.py": (
+        "needs DeepSpeed; test_deepspeed.py launches it where that is installed"
+    ),
 }
 
 
@@ -238,10 +241,10 @@ SNIPPETS: dict[str, Callable[[str, Path], None]] = {
     "LatePhaseConfig(num_members=1, swa_start=0.75)  # SWA: the mean of the last quarter's weights": (
         settings_of_the_controls
     ),
-    'LatePhaseConfig.preset("ema")  # from halfway on, a moving average over the last tenth of the steps since': (
+    'LatePhaseConfig.preset("ema")  # from 0.6 of training on, a moving average over the last tenth since': (
         settings_of_the_controls
     ),
-    'LatePhaseConfig.preset("ema")  # plain training, and a moving average of the weights from halfway on': (
+    'LatePhaseConfig.preset("ema")  # plain training, and a moving average of the weights from 0.6 of it on': (
         settings_of_the_controls
     ),
     "with LatePhase(model, config) as late_phase:": own_loop,
