@@ -53,6 +53,7 @@ IMAGES = (
 )
 
 TEXT, VISION = "examples/language_modeling/", "examples/vision/"
+SPEED = "examples/benchmarks/speed/"
 RUN = {
     f"python {TEXT}run_enwik8.py {TEXT}recipes/enwik8_demo.yaml": LSTM,
     f"python {TEXT}run_enwik8.py {TEXT}recipes/enwik8_demo.yaml --data_file my.txt": LSTM,
@@ -84,6 +85,9 @@ MADE = {
 }
 CANNOT_RUN = {
     'pip install ".[examples,vision]" torch torchvision': "needs the network; `make` and test_packaging.py install",
+    f"python {SPEED}speed.py --device cuda": "needs a GPU",
+    f"HF_LATEPHASE_FUSED=0 python {SPEED}speed.py --device cuda --rows rank1 --write false": "needs a GPU",
+    f"python {SPEED}overhead.py --device cuda": "needs a GPU",
     "accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml your_script.py": (
         "needs DeepSpeed; test_deepspeed.py launches it where that is installed"
     ),

@@ -72,7 +72,7 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if members.mode == "average":
         return call_with(layer, plain_forward(layer), _averaged(layer), args, kwargs)
     if len(args) == 1 and not kwargs and _is_plain(layer, tensors, members):
-        return _plain_call(layer, tensors, members, *args)
+        return _plain_call(layer, tensors, members.member or 0, *args)
     stacks = {name: _member_statistics(tensors[name]) for name in STATISTICS if name in tensors}
     values = {name: members.select(stack) for name, stack in stacks.items()}
     forward = plain_forward(layer)
@@ -97,17 +97,17 @@ def _is_plain(layer: Any, tensors: dict[str, Any], members: Members) -> bool:
     )
 
 
-def _plain_call(layer: Any, tensors: dict[str, Any], members: Members, rows: Tensor) -> Tensor:
+def _plain_call(layer: Any, tensors: dict[str, Any], member: int, rows: Tensor) -> Tensor:
     """
     What `_BatchNorm.forward` computes, with views of the active member's rows, which it updates.
 
     That method reads each tensor several times, through modules' lookups that take longer than a GPU's kernels.
     """
     layer._check_input_dim(rows)
-    training, select, values = layer.training, members.select, {}
+    training, values = layer.training, {}
     for name, own in tensors.items():
         stack = _member_statistics(own) if name in STATISTICS else own._parameters["original"]
-        values[name] = select(stack)
+        values[name] = stack.select(0, member)
     if training and "num_batches_tracked" in values:
         values["num_batches_tracked"].add_(1)
     mean, variance = values.get("running_mean"), values.get("running_var")
