@@ -1,0 +1,295 @@
+"""The tables and the figure of `regime.py`, made from its recorded figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+
+matplotlib.use("Agg")  # before pyplot: the machine may have no display
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `runs` is
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where `common` is
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "toy"))
+
+from common.report import COLOURS
+from quadratic_theory import Method, NoisyQuadratic, steady_state_loss
+from regime_settings import TASKS
+from runs import README, RESULTS, RESULTS_PAGE, difference, markdown, put_into_page, spread
+
+
+PLOT = RESULTS_PAGE.with_name("noise.png")
+SWA = ", SWA"
+BASE, ONE = "base", "one member (rank-1)"
+
+
+def figures_of(name: str) -> Path:
+    """Where the figures of a task are kept."""
+    return Path(__file__).with_name(f"regime_{name}.json")
+
+
+@dataclass
+class Figures:
+    """
+    The recorded runs of a task.
+
+    Attributes:
+        runs (`list[dict[str, Any]]`): One a run.
+    """
+
+    runs: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, name: str) -> Figures:
+        """Those of a task, none if it has not run."""
+        path = figures_of(name)
+        return cls(json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else [])
+
+    def __bool__(self) -> bool:
+        return bool(self.runs)
+
+    def of_method(self, method: str, rate: float, batch_size: int | None = None) -> list[dict[str, Any]]:
+        """The runs of a method at a rate (and a size of minibatches), by seed."""
+        own = [
+            run
+            for run in self.runs
+            if (run["method"], run["rate"]) == (method, rate) and batch_size in (None, run["batch_size"])
+        ]
+        return sorted(own, key=lambda run: run["seed"])
+
+    def values(self, method: str, rate: float, split: str, measure: str, batch_size: int | None = None) -> list[float]:
+        """A measure by seed; accuracies in per cent."""
+        scale = 100 if measure == "accuracy" else 1
+        own = self.of_method(method, rate, batch_size)
+        return [scale * run[split][measure] for run in own if split in run]
+
+    def rates(self, method: str) -> list[float]:
+        """The rates that a method has run at."""
+        return sorted({run["rate"] for run in self.runs if run["method"] == method})
+
+    def chosen(self, method: str, averaged: str, measure: str) -> float:
+        """The rate that the first seed's validation figures are best at."""
+        first = {rate: self.values(method, rate, f"validation{averaged}", measure)[0] for rate in self.rates(method)}
+        return min(first, key=lambda rate: first[rate])
+
+
+def ahead(own: Sequence[float], other: Sequence[float], digits: int = 3, higher: bool = False) -> str:
+    """By how much the first is better than the second, seed by seed, with its 95 % interval."""
+    if len(own) < 2 or len(own) != len(other):
+        return "–"
+    mean, width = difference(own, other) if higher else difference(other, own)
+    return f"{mean:+.{digits}f} ± {width:.{digits}f}"
+
+
+def comparison(name: str) -> str:
+    """A language model's first table: all methods at the rate that they share, in bits per character."""
+    figures, task = Figures.of(name), TASKS[name]
+    lines = []
+    for method in task.methods:
+        if not figures.of_method(method, task.rate):
+            continue
+        cells = [method]
+        for averaged in ("", SWA):
+            own, *others = (figures.values(of, task.rate, f"test{averaged}", "bpc") for of in (method, BASE, ONE))
+            cells += [spread(own), *(ahead(own, other) for other in others)]
+        lines.append([*cells, str(len(own))])
+    columns = ("test", "ahead of base", "ahead of one member")
+    return markdown(["method", *columns, *(f"SWA: {column}" for column in columns), "seeds"], 1, lines)
+
+
+def image_comparison() -> str:
+    """The image classifiers' first table: all methods at the rate that they share."""
+    figures, task = Figures.of("cifar"), TASKS["cifar"]
+    lines = []
+    for method in task.methods:
+        if not figures.of_method(method, task.rate):
+            continue
+        cells = [method]
+        for averaged in ("", SWA):
+            for measure, digits in (("accuracy", 2), ("nll", 3)):
+                own, base = (figures.values(of, task.rate, f"test{averaged}", measure) for of in (method, BASE))
+                cells += [spread(own, digits), ahead(own, base, digits, higher=measure == "accuracy")]
+        lines.append([*cells, str(len(own))])
+    columns = ("accuracy", "ahead of base", "NLL", "ahead of base")
+    return markdown(["method", *columns, *(f"SWA: {column}" for column in columns), "seeds"], 1, lines)
+
+
+def by_rate(name: str) -> str:
+    """A language model's validation figures of the first seed at all rates, and what the best of them has on test."""
+    figures, task = Figures.of(name), TASKS[name]
+    rates = sorted({task.rate, *task.other_rates})
+    lines = []
+    for method in task.methods:
+        if set(figures.rates(method)) != set(rates):
+            continue
+        for averaged in ("", SWA):
+            shown = [figures.values(method, rate, f"validation{averaged}", "bpc")[0] for rate in rates]
+            best = figures.chosen(method, averaged, "bpc")
+            own = figures.values(method, best, f"test{averaged}", "bpc")
+            base = figures.values(BASE, figures.chosen(BASE, averaged, "bpc"), f"test{averaged}", "bpc")
+            cells = [f"{value:.3f}" for value in shown]
+            lines.append([method + averaged, *cells, f"{best:g}", spread(own), ahead(own, base), str(len(own))])
+    header = ["method", *(f"validation, rate {rate:g}" for rate in rates), "rate chosen", "test"]
+    return markdown([*header, "ahead of base at its own", "seeds"], 1, lines)
+
+
+# ---- the size of minibatches ----
+
+
+def predicted_gain(batch_size: int) -> float:
+    """What K = 10 members gain over plain SGD on the noisy quadratic problem, in units of that at the LSTM's size."""
+    hessian = torch.diag(1 / torch.arange(1, 11, dtype=torch.float64))
+
+    def gain(size: int) -> float:
+        # Gradients have covariance H / size: those of a likelihood.
+        problem = NoisyQuadratic(hessian, torch.linalg.inv(hessian) / size)
+        base, averaged = Method("base", 1, 0), Method("late-phase, γ = 1/K", 10, 5, 1 / 10)
+        return steady_state_loss(problem, base, 0.1) - steady_state_loss(problem, averaged, 0.1)
+
+    return gain(batch_size) / gain(TASKS["lstm"].batch_size)
+
+
+NOISE_METHODS = {
+    "base, SWA": (BASE, SWA),
+    "base, linear decay": ("base, linear decay", ""),
+    "accumulation (plain)": ("accumulation (plain)", ""),
+    "late-phase head": ("late-phase head", ""),
+}
+
+
+def gains(method: str, averaged: str = "") -> dict[int, list[float]]:
+    """By size of minibatches: how far a method is ahead of the base without an average, by seed."""
+    figures, rate = Figures(Figures.of("lstm").runs + Figures.of("noise").runs), TASKS["lstm"].rate
+    found = {}
+    for size in sorted({run["batch_size"] for run in figures.runs}):
+        base = {run["seed"]: run["test"]["bpc"] for run in figures.of_method(BASE, rate, size)}
+        own = {run["seed"]: run[f"test{averaged}"]["bpc"] for run in figures.of_method(method, rate, size)}
+        if pairs := [base[seed] - own[seed] for seed in sorted(base.keys() & own.keys())]:
+            found[size] = pairs
+    return found
+
+
+def noise_table() -> str:
+    """The gains over the base by size of minibatches, measured and predicted."""
+    rate, figures = TASKS["lstm"].rate, Figures(Figures.of("lstm").runs + Figures.of("noise").runs)
+    found = {name: gains(*which) for name, which in NOISE_METHODS.items()}
+    at_own = statistics.mean(found["late-phase head"][TASKS["lstm"].batch_size])
+    lines = []
+    for size in sorted({run["batch_size"] for run in figures.runs}):
+        base = figures.values(BASE, rate, "test", "bpc", size)
+        cells = [spread(own[size]) if size in (own := found[name]) else "–" for name in NOISE_METHODS]
+        lines.append([str(size), spread(base), *cells, f"{at_own * predicted_gain(size):.3f}", str(len(base))])
+    header = ["windows in a minibatch", "base", *(f"{name}: gain" for name in NOISE_METHODS)]
+    return markdown([*header, "members: predicted gain", "seeds of base"], 1, lines)
+
+
+def draw_noise(path: Path) -> None:
+    """The gains over the base against the noise of gradients."""
+    own_size = TASKS["lstm"].batch_size
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    axes.axhline(0, color="0.6", linewidth=1)
+    for colour, marker, (name, which) in zip(COLOURS, "os^D", NOISE_METHODS.items(), strict=False):
+        found = gains(*which)
+        noise = [own_size / size for size in found]
+        means = [statistics.mean(own) for own in found.values()]
+        errors = [statistics.stdev(own) if len(own) > 1 else 0 for own in found.values()]
+        axes.errorbar(noise, means, errors, color=colour, marker=marker, capsize=3, markersize=5)
+        label = axes.annotate(f" {name}", (max(noise), means[noise.index(max(noise))]), color=colour, va="center")
+        label.set_fontsize(9)
+    late = gains("late-phase head")
+    sizes = [2 ** (power / 4) for power in range(4 * round(math.log2(min(late))), 4 * round(math.log2(max(late))) + 1)]
+    scale = statistics.mean(late[own_size])
+    curve = [scale * predicted_gain(size) for size in sizes]
+    axes.plot([own_size / size for size in sizes], curve, color="0.35", linestyle="--")
+    axes.annotate(" members, predicted", (own_size / sizes[0], curve[0]), color="0.35", va="center", fontsize=9)
+    axes.set_xscale("log", base=2)
+    ticks = [own_size / size for size in sorted(late)]
+    axes.set_xticks(ticks, [f"{tick:g}\n({size})" for tick, size in zip(ticks, sorted(late), strict=True)])
+    axes.set_xlim(min(ticks) / 1.2, max(ticks) * 3)
+    axes.set_xlabel("variance of the gradients' noise, that of 4 windows = 1 (windows in a minibatch)")
+    axes.set_ylabel("gain over base, bits per character")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+# ---- what to use ----
+
+
+def best_first(name: str, measure: str) -> list[tuple[str, list[float]]]:
+    """A task's methods, with and without SWA, at the rate that all share; the best mean on test first."""
+    figures, task = Figures.of(name), TASKS[name]
+    found = {
+        method + averaged: figures.values(method, task.rate, f"test{averaged}", measure)
+        for method in task.methods
+        for averaged in ("", SWA)
+    }
+    sign = -1 if measure == "accuracy" else 1
+    return sorted(((key, own) for key, own in found.items() if own), key=lambda item: sign * statistics.mean(item[1]))
+
+
+def what_to_use() -> str:
+    """All that cost the same, the best first, with its distance from the best."""
+    lines = []
+    for name, measure, digits in (("lstm", "bpc", 3), ("cifar", "accuracy", 2)):
+        ranked = best_first(name, measure)
+        for key, own in ranked:
+            best = ranked[0][1][: len(own)]
+            behind = "–" if key == ranked[0][0] else ahead(best, own, digits, higher=measure == "accuracy")
+            unit = "bits per character" if measure == "bpc" else "accuracy in per cent"
+            lines.append([f"{name}, {unit}", key, spread(own, digits), behind, str(len(own))])
+    return markdown(["", "method", "test", "behind the best by", "seeds"], 2, lines)
+
+
+# ---- the demo ----
+
+DEMO = {
+    "late_phase": "late-phase rank-1 and head",
+    "base": "base",
+    "one_member": "one member (rank-1)",
+    "accumulation": "accumulation (rank-1)",
+}
+
+
+def demo() -> str:
+    """What `make demo` shows, over all seeds."""
+    figures, rate = Figures.of("lstm"), TASKS["lstm"].rate
+    late = figures.values(DEMO["late_phase"], rate, "test", "bpc")
+    lines = []
+    for method, key in DEMO.items():
+        own, averaged = (figures.values(key, rate, f"test{which}", "bpc") for which in ("", SWA))
+        lines.append([f"`{method}`", spread(own), "–" if own == late else ahead(late, own), spread(averaged)])
+    return markdown(["bits per character, on test", "at the end", "late-phase ahead by", "with SWA"], 1, lines)
+
+
+# Where each table stands.
+TABLES = {
+    "regime_lstm": (lambda: comparison("lstm"), (RESULTS_PAGE, RESULTS)),
+    "regime_cifar": (image_comparison, (RESULTS_PAGE, RESULTS)),
+    "regime_rates": (lambda: by_rate("lstm"), (RESULTS_PAGE, RESULTS)),
+    "regime_noise": (noise_table, (RESULTS_PAGE, RESULTS)),
+    "what_to_use": (what_to_use, (RESULTS_PAGE, RESULTS)),
+    "demo": (demo, (README,)),
+}
+
+
+def write_report() -> None:
+    """Writes all tables and the figure anew, as soon as every task that they need has run."""
+    if not all(Figures.of(name) for name in ("lstm", "cifar", "noise")):
+        return
+    for mark, (table, pages) in TABLES.items():
+        for page in pages:
+            put_into_page(page, mark, table())
+    draw_noise(PLOT)
