@@ -73,7 +73,7 @@ class Run:
 # Shorter than the demo, in larger minibatches.
 _SHORT = [
     *("--method", METHOD, "base", "accumulation", "--max_steps=200", "--eval_steps=40", "--logging_steps=50"),
-    *("--per_device_train_batch_size=16", "--num_members=5", "--weights=rank1"),
+    *("--curve_bytes=10000", "--per_device_train_batch_size=16", "--num_members=5", "--weights=rank1"),
 ]
 RUNS = {
     "lstm-python-reference": Run(

@@ -148,17 +148,30 @@ def by_rate(name: str) -> str:
 # ---- the size of minibatches ----
 
 
-def predicted_gain(batch_size: int) -> float:
-    """What K = 10 members gain over plain SGD on the noisy quadratic problem, in units of that at the LSTM's size."""
+def predicted_gain(batch_size: int, adam: bool) -> float:
+    """
+    What the members gain over plain training on the noisy quadratic problem, in units of that at the LSTM's size.
+
+    The closed form is SGD's. Adam divides its steps by the gradients' size; where that is noise, it falls with the
+    root of the minibatch, so that Adam is SGD at a rate that grows with that root.
+
+    Args:
+        batch_size (`int`):
+            Windows in a minibatch.
+        adam (`bool`):
+            Whether the rate grows so.
+    """
     hessian = torch.diag(1 / torch.arange(1, 11, dtype=torch.float64))
+    own_size = TASKS["lstm"].batch_size
 
     def gain(size: int) -> float:
         # Gradients have covariance H / size: those of a likelihood.
         problem = NoisyQuadratic(hessian, torch.linalg.inv(hessian) / size)
+        rate = 0.1 * math.sqrt(size / own_size) if adam else 0.1
         base, averaged = Method("base", 1, 0), Method("late-phase, γ = 1/K", 10, 5, 1 / 10)
-        return steady_state_loss(problem, base, 0.1) - steady_state_loss(problem, averaged, 0.1)
+        return steady_state_loss(problem, base, rate) - steady_state_loss(problem, averaged, rate)
 
-    return gain(batch_size) / gain(TASKS["lstm"].batch_size)
+    return gain(batch_size) / gain(own_size)
 
 
 NOISE_METHODS = {
@@ -190,9 +203,10 @@ def noise_table() -> str:
     for size in sorted({run["batch_size"] for run in figures.runs}):
         base = figures.values(BASE, rate, "test", "bpc", size)
         cells = [spread(own[size]) if size in (own := found[name]) else "–" for name in NOISE_METHODS]
-        lines.append([str(size), spread(base), *cells, f"{at_own * predicted_gain(size):.3f}", str(len(base))])
+        predicted = [f"{at_own * predicted_gain(size, adam):.3f}" for adam in (False, True)]
+        lines.append([str(size), spread(base), *cells, *predicted, str(len(base))])
     header = ["windows in a minibatch", "base", *(f"{name}: gain" for name in NOISE_METHODS)]
-    return markdown([*header, "members: predicted gain", "seeds of base"], 1, lines)
+    return markdown([*header, "predicted, SGD", "predicted, Adam", "seeds of base"], 1, lines)
 
 
 def draw_noise(path: Path) -> None:
@@ -209,11 +223,12 @@ def draw_noise(path: Path) -> None:
         label = axes.annotate(f" {name}", (max(noise), means[noise.index(max(noise))]), color=colour, va="center")
         label.set_fontsize(9)
     late = gains("late-phase head")
-    sizes = [2 ** (power / 4) for power in range(4 * round(math.log2(min(late))), 4 * round(math.log2(max(late))) + 1)]
-    scale = statistics.mean(late[own_size])
-    curve = [scale * predicted_gain(size) for size in sizes]
-    axes.plot([own_size / size for size in sizes], curve, color="0.35", linestyle="--")
-    axes.annotate(" members, predicted", (own_size / sizes[0], curve[0]), color="0.35", va="center", fontsize=9)
+    scale, sizes = statistics.mean(late[own_size]), sorted(late)
+    for adam, style in ((False, "--"), (True, ":")):
+        curve = [scale * predicted_gain(size, adam) for size in sizes]
+        axes.plot([own_size / size for size in sizes], curve, color="0.35", linestyle=style)
+        name = f" members, predicted ({'Adam' if adam else 'SGD'})"
+        axes.annotate(name, (own_size / sizes[0], curve[0]), color="0.35", va="center", fontsize=9)
     axes.set_xscale("log", base=2)
     ticks = [own_size / size for size in sorted(late)]
     axes.set_xticks(ticks, [f"{tick:g}\n({size})" for tick, size in zip(ticks, sorted(late), strict=True)])
@@ -255,23 +270,21 @@ def what_to_use() -> str:
 
 # ---- the demo ----
 
-DEMO = {
-    "late_phase": "late-phase rank-1 and head",
-    "base": "base",
-    "one_member": "one member (rank-1)",
-    "accumulation": "accumulation (rank-1)",
-}
+# By the demo's name, what it is called here.
+DEMO = {"late_phase": "late-phase head", "base": "base", "accumulation": "accumulation (plain)"}
 
 
 def demo() -> str:
-    """What `make demo` shows, over all seeds."""
+    """What `make demo` shows, over all seeds; one member of a head is the base."""
     figures, rate = Figures.of("lstm"), TASKS["lstm"].rate
     late = figures.values(DEMO["late_phase"], rate, "test", "bpc")
     lines = []
     for method, key in DEMO.items():
         own, averaged = (figures.values(key, rate, f"test{which}", "bpc") for which in ("", SWA))
-        lines.append([f"`{method}`", spread(own), "–" if own == late else ahead(late, own), spread(averaged)])
-    return markdown(["bits per character, on test", "at the end", "late-phase ahead by", "with SWA"], 1, lines)
+        cells = [spread(own), "–" if own == late else ahead(late, own), spread(averaged), ahead(late, averaged)]
+        lines.append([f"`{method}`", *cells])
+    header = ["bits per character, on test", "at the end", "late-phase ahead by", "with SWA", "late-phase ahead by"]
+    return markdown(header, 1, lines)
 
 
 # Where each table stands.
