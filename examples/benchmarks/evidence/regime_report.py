@@ -86,8 +86,9 @@ class Figures:
 
 
 def ahead(own: Sequence[float], other: Sequence[float], digits: int = 3, higher: bool = False) -> str:
-    """By how much the first is better than the second, seed by seed, with its 95 % interval."""
-    if len(own) < 2 or len(own) != len(other):
+    """By how much the first is better than the second, with its 95 % interval, over the seeds (from 0) of both."""
+    own, other = own[: len(other)], other[: len(own)]
+    if own == other or len(own) < 2:
         return "–"
     mean, width = difference(own, other) if higher else difference(other, own)
     return f"{mean:+.{digits}f} ± {width:.{digits}f}"
@@ -261,8 +262,7 @@ def what_to_use() -> str:
     for name, measure, digits in (("lstm", "bpc", 3), ("cifar", "accuracy", 2)):
         ranked = best_first(name, measure)
         for key, own in ranked:
-            best = ranked[0][1][: len(own)]
-            behind = "–" if key == ranked[0][0] else ahead(best, own, digits, higher=measure == "accuracy")
+            behind = ahead(ranked[0][1], own, digits, higher=measure == "accuracy")
             unit = "bits per character" if measure == "bpc" else "accuracy in per cent"
             lines.append([f"{name}, {unit}", key, spread(own, digits), behind, str(len(own))])
     return markdown(["", "method", "test", "behind the best by", "seeds"], 2, lines)
@@ -281,7 +281,7 @@ def demo() -> str:
     lines = []
     for method, key in DEMO.items():
         own, averaged = (figures.values(key, rate, f"test{which}", "bpc") for which in ("", SWA))
-        cells = [spread(own), "–" if own == late else ahead(late, own), spread(averaged), ahead(late, averaged)]
+        cells = [spread(own), ahead(late, own), spread(averaged), ahead(late, averaged)]
         lines.append([f"`{method}`", *cells])
     header = ["bits per character, on test", "at the end", "late-phase ahead by", "with SWA", "late-phase ahead by"]
     return markdown(header, 1, lines)
