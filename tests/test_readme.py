@@ -213,7 +213,7 @@ def settings_of_the_controls(snippet: str, folder: Path) -> None:
     for config in configs:
         run = trainer(folder, gpt2(), config, max_steps=20)
         run.train()
-        averages_over_time = run.weight_average is not None and run.weight_average.num_averaged > 0
+        averages_over_time = run.time_average is not None and run.time_average.num_averaged > 0
         assert averages_over_time == (config.cycle_length is None)
 
 

@@ -47,7 +47,7 @@ class TextTrainer(LatePhaseTrainer):
     @property
     def has_time_average(self) -> bool:
         """Whether weights have been averaged over time."""
-        return self.weight_average is not None and self.weight_average.num_averaged > 0
+        return self.time_average is not None and self.time_average.num_averaged > 0
 
     def averaged_model(self, time_averaged: bool = True) -> nn.Module:
         """Returns the parent's model, with the weights that a schedule-free optimizer evaluates, if it is one."""

@@ -57,7 +57,7 @@ class ImageTrainer(PiecewiseLinearScheduleMixin, LatePhaseTrainer):
     @property
     def has_time_average(self) -> bool:
         """Whether weights have been averaged over time."""
-        return self.weight_average is not None and self.weight_average.num_averaged > 0
+        return self.time_average is not None and self.time_average.num_averaged > 0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names all parameters but rank-1 factors, which never decay."""
@@ -128,7 +128,7 @@ class ImageTrainer(PiecewiseLinearScheduleMixin, LatePhaseTrainer):
     @contextlib.contextmanager
     def _members(self, time_averaged: bool) -> Iterator[nn.Module]:
         """The model with its members, ready to predict."""
-        with self._averaged_view.applied(time_averaged), evaluation_mode(self.late_phase.model):
+        with self._evaluated.applied(time_averaged), evaluation_mode(self.late_phase.model):
             yield self.late_phase.model
 
 

@@ -22,7 +22,7 @@ from .sharding import named_parameters
 logger = logging.get_logger(__name__)
 
 
-class WeightAverage:
+class TimeAverage:
     """
     A running average of a model's weights, kept beside the model.
 
@@ -250,7 +250,7 @@ class AverageSchedule:
         self._points = points
         self.last_step = step
 
-    def sample(self, average: WeightAverage, step: int) -> None:
+    def sample(self, average: TimeAverage, step: int) -> None:
         """Takes the current weights into the average, if it is time."""
         steps, start = step - self.last_step, self._points.average_start
         if average.num_averaged:

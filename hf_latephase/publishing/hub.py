@@ -13,11 +13,14 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
+from transformers import Trainer
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..compat import CONNECTION_ERRORS, REFUSAL, TrainerHooks
 from ..config import CONFIG_NAME
-from .trainer_card import write_model_card
+from ..core.averaging import TimeAverage
+from ..core.late_phase import LatePhase
+from .trainer_card import Record, write_model_card
 
 
 logger = logging.get_logger(__name__)
@@ -31,11 +34,11 @@ class Publishing:
     neither the code of the model nor a card; of an upload in the background that failed it says nothing.
 
     Args:
-        trainer (`LatePhaseMixin`):
+        trainer (`transformers.Trainer`):
             The trainer.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._checkpoint: str | None = None
 
@@ -58,6 +61,7 @@ class Publishing:
         if self._checkpoint is None:
             return  # push_to_hub saves everything itself
         trainer, output_dir = self._trainer, self._trainer.args.output_dir
+        assert output_dir is not None  # TrainingArguments has filled it in
         settings = [os.path.join(self._checkpoint, name) for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)]
         for path in settings + glob.glob(f"{glob.escape(self._checkpoint)}/*.py"):
             if os.path.isfile(path):
@@ -102,6 +106,9 @@ class Publishing:
 class PublishingMixin(TrainerHooks):
     """The part of [`LatePhaseMixin`] that writes model cards and uploads."""
 
+    late_phase: LatePhase
+    time_average: TimeAverage | None
+    control_results: dict[str, dict[str, float]]
     _publishing: Publishing
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -141,7 +148,15 @@ class PublishingMixin(TrainerHooks):
             "dataset": dataset,
             "dataset_args": dataset_args,
         }
-        write_model_card(self, super().create_model_card, options)
+        write_model_card(self, self._record(), super().create_model_card, options)
+
+    def _record(self) -> Record:
+        return Record(
+            self.late_phase,
+            getattr(self, "_points", None),
+            None if self.time_average is None else self.time_average.num_averaged,
+            self.control_results,
+        )
 
     def push_to_hub(
         self,

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,7 +14,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer
 from transformers.modelcard import METRIC_TAGS, TrainingSummary
 
+from ..core.late_phase import LatePhase
 from ..core.optimizers import unwrapped
+from ..core.points import PointsInTraining
 from .model_card import (
     TAG,
     CardContents,
@@ -34,15 +37,43 @@ THIS_MODEL = "**this model**"
 _NO_RESULTS = re.compile(r"(^|_)(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
 
 
-def write_model_card(trainer: Any, parents: Callable[..., None], options: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Record:
+    """
+    What a trainer did beyond what Trainer does.
+
+    Args:
+        late_phase (`LatePhase`):
+            The members.
+        points (`PointsInTraining`, *optional*):
+            When they came, and the average over time; `None` before training.
+        num_averaged (`int`, *optional*):
+            The samples in the average over time; `None` without one.
+        control_results (`dict[str, dict[str, float]]`):
+            Figures of controls by name, as their trainers' `evaluate()` returned them.
+    """
+
+    late_phase: LatePhase
+    points: PointsInTraining | None
+    num_averaged: int | None
+    control_results: dict[str, dict[str, float]]
+
+    def section(self) -> str:
+        """The card's section on it."""
+        return describe_late_phase(self.late_phase, self.points, self.num_averaged, self.late_phase.released)
+
+
+def write_model_card(trainer: Trainer, record: Record, parents: Callable[..., None], options: dict[str, Any]) -> None:
     """
     Writes `README.md` into a trainer's output folder.
 
     A trainer class with cards of its own (TRL's), and an adapter, keep theirs, and get our section below.
 
     Args:
-        trainer (`LatePhaseMixin`):
+        trainer (`transformers.Trainer`):
             The trainer.
+        record (`Record`):
+            What it did beyond Trainer.
         parents (`Callable`):
             Its parent's `create_model_card`.
         options (`dict[str, Any]`):
@@ -50,22 +81,23 @@ def write_model_card(trainer: Any, parents: Callable[..., None], options: dict[s
     """
     if not trainer.is_world_process_zero():
         return
+    assert trainer.args.output_dir is not None  # TrainingArguments has filled it in
     path = os.path.join(trainer.args.output_dir, CARD_NAME)
     tags = [*_listed(options["tags"]), *(_tags_of(path)), TAG]
     is_trainers = getattr(parents, "__func__", None) is Trainer.create_model_card
-    if is_trainers and not hasattr(trainer.late_phase.model, "peft_config"):
-        card = _trainer_card(trainer, options | {"tags": _unique(tags)})
+    if is_trainers and not hasattr(record.late_phase.model, "peft_config"):
+        card = _trainer_card(trainer, record, options | {"tags": _unique(tags)})
     else:
         known = inspect.signature(parents).parameters
         renamed = options | {"dataset_name": next(iter(_listed(options["dataset"])), None)}
         parents(**{name: value for name, value in renamed.items() if name in known})
         card = ModelCard.load(path)
         card.data.tags = _unique([*(card.data.tags or []), *tags])
-        card.text = f"{card.text.rstrip()}\n\n{_trainers_section(trainer)}\n"
+        card.text = f"{card.text.rstrip()}\n\n{record.section()}\n"
     card.save(path)
 
 
-def final_results(trainer: Any) -> tuple[dict[str, float], int | None]:
+def final_results(trainer: Trainer) -> tuple[dict[str, float], int | None]:
     """
     The figures of the model that a trainer now holds, from its logs.
 
@@ -88,8 +120,8 @@ def final_results(trainer: Any) -> tuple[dict[str, float], int | None]:
     return (before[-1][1], before[-1][0]) if before else ({}, None)
 
 
-def _trainer_card(trainer: Any, options: dict[str, Any]) -> ModelCard:
-    model, args = trainer.late_phase.model, trainer.args
+def _trainer_card(trainer: Trainer, record: Record, options: dict[str, Any]) -> ModelCard:
+    model, args = record.late_phase.model, trainer.args
     if not hasattr(model, "config"):
         # Where Trainer's summary looks for the base model.
         options = options | {"finetuned_from": options["finetuned_from"] or ""}
@@ -109,7 +141,7 @@ def _trainer_card(trainer: Any, options: dict[str, Any]) -> ModelCard:
         dataset_config=metadata.get("config"),
         dataset_args=arguments,
     )
-    emissions = read_emissions(args.output_dir)
+    emissions = read_emissions(args.output_dir or "")
     name = summary.model_name or "model"
     data = ModelCardData(
         language=summary.language,
@@ -124,13 +156,13 @@ def _trainer_card(trainer: Any, options: dict[str, Any]) -> ModelCard:
         eval_results=index or None,
         co2_eq_emissions=emissions,
     )
-    controls = {control: _plain(figures) for control, figures in trainer.control_results.items()}
+    controls = {control: _plain(figures) for control, figures in record.control_results.items()}
     note = "" if step is None else f"Evaluated at step {step} of {trainer.state.max_steps}."
     if controls:
         note += " The other rows are its controls."
     contents = CardContents(
         name=name,
-        late_phase=_trainers_section(trainer),
+        late_phase=record.section(),
         loading=loading_code(model, trainer.processing_class, trainer.hub_model_id or args.hub_model_id or name),
         dataset=", ".join(datasets) or None,
         base_model=base_model,
@@ -144,17 +176,7 @@ def _trainer_card(trainer: Any, options: dict[str, Any]) -> ModelCard:
     return render_card(data, contents)
 
 
-def _trainers_section(trainer: Any) -> str:
-    average = trainer.weight_average
-    return describe_late_phase(
-        trainer.late_phase,
-        getattr(trainer, "_points", None),
-        None if average is None else average.num_averaged,
-        trainer.late_phase.released,
-    )
-
-
-def _hyperparameters(trainer: Any, trainers: dict[str, Any]) -> dict[str, Any]:
+def _hyperparameters(trainer: Trainer, trainers: dict[str, Any]) -> dict[str, Any]:
     args, state = trainer.args, trainer.state
     found = trainers | {"weight_decay": args.weight_decay, "max_grad_norm": args.max_grad_norm}
     if trainer.optimizer is not None:

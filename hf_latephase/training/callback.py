@@ -1,52 +1,74 @@
-"""Tells a trainer of the points in Trainer's loop that no method of it marks."""
+"""Calls what belongs to the points in Trainer's loop that no method of it marks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ..compat import LOOP_HAS_HOOKS
-
 
 class LatePhaseCallback(TrainerCallback):
     """
-    Tells the trainer of the points in Trainer's loop that no method of it marks.
+    Calls a function at each of the points that the late phase needs.
 
     Args:
-        trainer (`LatePhaseMixin`):
-            The trainer.
+        begin_training (`Callable[[], None]`):
+            Called once everything is prepared.
+        begin_step (`Callable[[], None]`):
+            Called before the first minibatch of a step.
+        before_optimizer (`Callable[[], None]`), after_optimizer (`Callable[[], None]`):
+            Called before and after the optimizer's step, whether or not it is taken.
+        end_step (`Callable[[], None]`):
+            Called at the end of a step, before anything is logged, evaluated or saved.
+        end_training (`Callable[[], None]`):
+            Called after the last step, when the best model is loaded.
+        begin_push (`Callable[[], None]`):
+            Called before a checkpoint's model is uploaded.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        begin_training: Callable[[], None],
+        begin_step: Callable[[], None],
+        before_optimizer: Callable[[], None],
+        after_optimizer: Callable[[], None],
+        end_step: Callable[[], None],
+        end_training: Callable[[], None],
+        begin_push: Callable[[], None],
+    ) -> None:
+        self._begin_training = begin_training
+        self._begin_step = begin_step
+        self._before_optimizer = before_optimizer
+        self._after_optimizer = after_optimizer
+        self._end_step = end_step
+        self._end_training = end_training
+        self._begin_push = begin_push
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Begins training, once everything is prepared."""
-        self._trainer._begin_training()
+        """Begins training."""
+        self._begin_training()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Begins the late phase if it is due."""
-        self._trainer._begin_step()
+        """Begins a step."""
+        self._begin_step()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Scales the base gradients."""
-        if not LOOP_HAS_HOOKS:
-            self._trainer._norm_without_clipping()
-        self._trainer._stepping.before_optimizer()
+        """Comes before the optimizer."""
+        self._before_optimizer()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Ends the cycle, or holds its gradients."""
-        self._trainer._stepping.after_optimizer()
+        """Comes after the optimizer."""
+        self._after_optimizer()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the weights into their average over time."""
-        self._trainer._end_step()
+        """Ends a step."""
+        self._end_step()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Ends training."""
-        self._trainer._end_training()
+        self._end_training()
 
     def on_push_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Completes what is about to be uploaded."""
-        self._trainer._publishing.begin()
+        """Comes before an upload."""
+        self._begin_push()

@@ -11,11 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import TrainerHooks
 from ..config import LatePhaseConfig
-from ..core.averaged_view import AveragedView
-from ..core.averaging import WeightAverage
+from ..core.averaging import TimeAverage
+from ..core.evaluated_weights import EvaluatedWeights
 from ..core.late_phase import LatePhase
 from ..core.member_groups import MemberGroups
 from ..core.optimizers import check_elementwise, group_apart, unwrapped
+from .adapter import TrainerAdapter
 from .checkpoints.resume import StateKeeper
 from .member_evaluation import MemberEvaluation
 from .monitor import MemberMonitor
@@ -29,10 +30,11 @@ class LendingMixin(TrainerHooks):
 
     late_phase_config: LatePhaseConfig
     late_phase: LatePhase
-    weight_average: WeightAverage | None
+    time_average: TimeAverage | None
     model_init: Any  # the annotation of Trainer's leaves out that it may be None
     optimizer: Any
     model_wrapped: Any
+    _adapter: TrainerAdapter
     _groups: MemberGroups | None = None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -45,12 +47,13 @@ class LendingMixin(TrainerHooks):
         """Checks a model, and changes nothing of it."""
         check_adapter(model, self.late_phase_config, self.args)
         self.late_phase = LatePhase(model, self.late_phase_config, attach=False)
-        self.weight_average = None
-        self._averaged_view = AveragedView(self.late_phase, None, None)
-        self._member_evaluation = MemberEvaluation(self)
-        self._state_keeper = StateKeeper(self)
-        self._stepping = Stepping(self)
-        self._monitor = MemberMonitor(self)
+        self.time_average = None
+        self._evaluated = EvaluatedWeights(self.late_phase, None, None)
+        self._member_evaluation = MemberEvaluation(self.late_phase)
+        self._state_keeper = StateKeeper(self.late_phase, self.is_fsdp_enabled)
+        by_sample = self.late_phase_config.member_assignment == "sample"
+        self._monitor = MemberMonitor(self.late_phase, self._adapter, by_sample)
+        self._stepping = Stepping(self.late_phase, self.late_phase_config, self._adapter, self._monitor)
 
     def _attach(self) -> None:
         """Puts the members on the model, unless they are there, and into its optimizer."""
@@ -74,8 +77,8 @@ class LendingMixin(TrainerHooks):
         except BaseException:
             self.optimizer = before  # one that was refused is not tried again
             raise
-        self.weight_average = self._new_average()
-        self._averaged_view = self._new_view()
+        self.time_average = self._new_average()
+        self._evaluated = self._new_view()
         self.late_phase.rest()
 
     def _join(self, optimizer: torch.optim.Optimizer) -> None:
@@ -94,7 +97,7 @@ class LendingMixin(TrainerHooks):
         self._state_keeper.forget()
         self.late_phase.rest()
         try:
-            self._averaged_view.settle(measures=not interrupted)
+            self._evaluated.settle(measures=not interrupted)
         finally:
             if not self.is_fsdp_enabled:  # its shards are those of the attached model
                 if self._groups is not None:
@@ -104,18 +107,20 @@ class LendingMixin(TrainerHooks):
                 if isinstance(self.model_wrapped, DistributedDataParallel):
                     self.model_wrapped = model  # the wrapper knows the attached model's shapes
 
-    def _new_view(self) -> AveragedView:
-        measured = self.late_phase_config.batch_norm_statistics != "running" and self.train_dataset is not None
-        measure = functools.partial(measure_with, self) if measured else None
-        view = AveragedView(self.late_phase, self.weight_average, measure)
+    def _new_view(self) -> EvaluatedWeights:
+        chosen = self.late_phase_config.batch_norm_statistics
+        of_members = chosen == "recomputed_members"
+        measured = chosen != "running" and self.train_dataset is not None
+        measure = functools.partial(measure_with, self._adapter, self.late_phase, of_members) if measured else None
+        view = EvaluatedWeights(self.late_phase, self.time_average, measure)
         self.late_phase.view = view.applied
         return view
 
-    def _new_average(self) -> WeightAverage | None:
+    def _new_average(self) -> TimeAverage | None:
         config = self.late_phase_config
         if not config.averages_over_time:
             return None
-        return WeightAverage(self.late_phase.model, config.ema_decay, config.ema_memory, config.average_device)
+        return TimeAverage(self.late_phase.model, config.ema_decay, config.ema_memory, config.average_device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names the parameters that decay: those of the plain model, replicated or not. Rank-1 factors never do."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
+from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..config import LatePhaseConfig
@@ -86,19 +86,11 @@ def make_plan(
     return Plan(f"{late}. {effect}. {saved}", updates < without, figures)
 
 
-def announce(trainer: Any) -> dict[str, float]:
-    """Logs the plan of a trainer that begins to train, as a warning if updates are lost, and returns its figures."""
-    plan = make_plan(
-        trainer.late_phase_config,
-        trainer.cycle,
-        trainer._points,
-        trainer.state.max_steps,
-        trainer.args.gradient_accumulation_steps,
-        trainer._stepping.base_gradient_scale,
-    )
-    if trainer.is_world_process_zero():
+def announce(plan: Plan, state: TrainerState, args: TrainingArguments) -> dict[str, float]:
+    """Logs a plan as training begins, as a warning if updates are lost, and returns its figures, unless logged."""
+    if args.process_index == 0:
         (logger.warning if plan.loses_updates else logger.info)(plan.text)
-    logged = any(plan.figures.keys() <= entry.keys() for entry in trainer.state.log_history)
+    logged = any(plan.figures.keys() <= entry.keys() for entry in state.log_history)
     return {} if logged else plan.figures
 
 

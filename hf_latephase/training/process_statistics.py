@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast
+
+from ..core.late_phase import LatePhase
 
 
 class ProcessStatistics:
@@ -17,19 +18,22 @@ class ProcessStatistics:
     writes those of process 0 over all others, then finds them equal.
 
     Args:
-        trainer (`LatePhaseMixin`):
-            The trainer.
+        late_phase (`LatePhase`):
+            The members.
+        accelerator (`accelerate.Accelerator`):
+            Connects the processes.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-        self._counts = [0] * trainer.late_phase.num_members
-        self._is_needed = bool(trainer.late_phase.statistics()) and trainer.accelerator.num_processes > 1
+    def __init__(self, late_phase: LatePhase, accelerator: Accelerator) -> None:
+        self._late_phase = late_phase
+        self._accelerator = accelerator
+        self._counts = [0] * late_phase.num_members
+        self._is_needed = bool(late_phase.statistics()) and accelerator.num_processes > 1
 
     def broadcast(self) -> None:
         """Gives all processes the statistics of process 0, as DDP does with each forward pass before T0."""
         if self._is_needed:
-            broadcast(list(self._trainer.late_phase.statistics().values()))
+            broadcast(list(self._late_phase.statistics().values()))
 
     def count(self, member: int | None) -> None:
         """Takes note of a minibatch with a member, or with rows of each (`None`)."""
@@ -41,8 +45,8 @@ class ProcessStatistics:
         """Exchanges what the members' statistics became since the last time."""
         if not self._is_needed:
             return
-        reduce = self._trainer.accelerator.reduce
-        stacks = list(self._trainer.late_phase.statistics().values())
+        reduce = self._accelerator.reduce
+        stacks = list(self._late_phase.statistics().values())
         own = torch.tensor(self._counts, device=stacks[0].device)
         total = reduce(own)
         # One exchange for all layers: [K, features of all].

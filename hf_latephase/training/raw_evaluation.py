@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 
@@ -44,15 +45,15 @@ def verdict(log_history: list[dict[str, Any]], metric: str, greater_is_better: b
     return f"At the last evaluation (step {both[-1]['step']}) {result}: {metric} {average:.5g} against {raw:.5g}."
 
 
-def tell_which_was_better(trainer: Any) -> None:
+def tell_which_was_better(history: list[dict[str, float]], args: TrainingArguments) -> None:
     """Logs the verdict when training ends, as a warning if the raw weights were better."""
-    history, chosen = trainer.state.log_history, trainer.args.metric_for_best_model
+    chosen = args.metric_for_best_model
     lines = []
     if chosen is not None:
         name = chosen if chosen.startswith("eval_") else f"eval_{chosen}"
-        lines.append(verdict(history, name, bool(trainer.args.greater_is_better)))
+        lines.append(verdict(history, name, bool(args.greater_is_better)))
     losses = dict.fromkeys(name for log in history for name in log if name.endswith("_loss"))  # of each dataset
     lines += [verdict(history, name) for name in losses]
     line = next((line for line in lines if line is not None), None)
-    if line is not None and trainer.is_world_process_zero():
+    if line is not None and args.process_index == 0:
         (logger.warning if " was worse " in line else logger.info)(line)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from packaging.version import Version
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import is_peft_available
 
 from ..compat import FSDP2_TORCH
@@ -16,6 +14,7 @@ from ..config import LatePhaseConfig
 from ..core.points import resolve_points
 from ..core.weights import find_targets
 from ..core.weights.targets import attached_families
+from .adapter import TrainerAdapter
 
 
 # Callbacks that go through the model's parameters one by one.
@@ -25,7 +24,7 @@ _PLAIN_WEIGHTS = {
 }
 
 
-def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
+def check_supported(trainer: TrainerAdapter, config: LatePhaseConfig) -> None:
     """
     Refuses a trainer's backend or arguments if they cannot train late-phase weights.
 
@@ -65,7 +64,7 @@ def check_supported(trainer: Any, config: LatePhaseConfig) -> None:
         )
     if args.max_steps > 0:
         resolve_points(config, args.max_steps)
-    check_callbacks(trainer.callback_handler.callbacks, config)
+    check_callbacks(trainer.callbacks, config)
     if config.member_assignment == "sample":
         _check_rows(trainer, config)
 
@@ -88,7 +87,7 @@ def check_callbacks(callbacks: list[TrainerCallback], config: LatePhaseConfig) -
             )
 
 
-def check_adapter(model: nn.Module, config: LatePhaseConfig, args: Any) -> None:
+def check_adapter(model: nn.Module, config: LatePhaseConfig, args: TrainingArguments) -> None:
     """
     Refuses late-phase weights on a PEFT model that its adapter's file would lose.
 
@@ -124,9 +123,9 @@ def check_adapter(model: nn.Module, config: LatePhaseConfig, args: Any) -> None:
             )
 
 
-def _check_rows(trainer: Any, config: LatePhaseConfig) -> None:
+def _check_rows(trainer: TrainerAdapter, config: LatePhaseConfig) -> None:
     num_members = config.num_members
-    batch_size = trainer._train_batch_size
+    batch_size = trainer.train_batch_size
     remedy = "Choose a batch size that num_members divides, or member_assignment='minibatch'."
     if batch_size % num_members:
         raise ValueError(

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..compat import warn_of_untested
+from ..compat import LOOP_HAS_HOOKS, warn_of_untested
 from ..config import LatePhaseConfig
 from ..core.averaging import AverageSchedule
 from ..core.cycle import Cycle
 from ..core.ensemble import MemberTable
 from ..core.optimizers import check_trained, unwrapped
-from ..core.points import PointsInTraining, resolve_points
+from ..core.points import resolve_points
 from ..publishing.hub import Publishing, PublishingMixin
+from .adapter import TrainerAdapter
 from .callback import LatePhaseCallback
-from .checkpoints.checkpoint import has_state, last_whole_checkpoint
-from .checkpoints.staging import Staging, keep_only, staging_folder
+from .checkpoints.checkpoint import last_whole_checkpoint
+from .checkpoints.staging import Staging, clear
 from .lending import LendingMixin
-from .plan import announce
+from .plan import announce, make_plan
 from .raw_evaluation import tell_which_was_better, with_suffix
-from .stepping import dealt_out
+from .saving import SavingMixin
 from .support import check_supported
 from .training_statistics import generators_kept
 
@@ -34,7 +34,7 @@ from .training_statistics import generators_kept
 logger = logging.get_logger(__name__)
 
 
-class LatePhaseMixin(LendingMixin, PublishingMixin):
+class LatePhaseMixin(LendingMixin, SavingMixin, PublishingMixin):
     """
     Gives a [`~transformers.Trainer`] class late-phase weights: `class MyTrainer(LatePhaseMixin, Seq2SeqTrainer)`.
 
@@ -63,29 +63,41 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
         `ValueError`: If the model, the arguments or the distributed backend cannot train these late-phase weights.
     """
 
-    cycle: Cycle
-    _points: PointsInTraining
-    _average_schedule: AverageSchedule
     _first_figures: dict[str, float]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "training_step" in vars(cls):
-            cls.training_step = dealt_out(cls.training_step)  # type: ignore[method-assign]
+            cls.training_step = _dealt_out(cls.training_step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, late_phase_config: LatePhaseConfig | None = None, **kwargs: Any) -> None:
         self.late_phase_config = late_phase_config or LatePhaseConfig()
         self.control_results: dict[str, dict[str, float]] = {}
-        self._staging = Staging(self)
-        self._publishing = Publishing(self)
+        self._adapter = TrainerAdapter(self)  # type: ignore[arg-type]  # a Trainer, with what comes behind
+        self._staging = Staging()
+        self._publishing = Publishing(self)  # type: ignore[arg-type]
         super().__init__(*args, **kwargs)
         warn_of_untested()
-        check_supported(self, self.late_phase_config)
+        check_supported(self._adapter, self.late_phase_config)
         if self.model_init is None:
             assert self.model is not None
             self._take(self.model)
         # Before the user's callbacks, which then see the averaged weights once a step is over.
-        self.callback_handler.callbacks.insert(0, LatePhaseCallback(self))
+        points_in_the_loop = LatePhaseCallback(
+            begin_training=self._begin_training,
+            begin_step=self._begin_step,
+            before_optimizer=self._before_optimizer,
+            after_optimizer=self._after_optimizer,
+            end_step=self._end_step,
+            end_training=self._end_training,
+            begin_push=self._publishing.begin,
+        )
+        self.callback_handler.callbacks.insert(0, points_in_the_loop)
+
+    @property
+    def cycle(self) -> Cycle:
+        """Where training stands in its cycle, once it has begun."""
+        return self._stepping.cycle
 
     # ---- the cycle ----
 
@@ -108,8 +120,8 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
         try:
             if resume_from_checkpoint and self.model_init is None:
                 with self.late_phase.attached():
-                    self._state_keeper.check(str(resume_from_checkpoint))
-            self._staging.clear(self.args.output_dir)
+                    self._state_keeper.check(str(resume_from_checkpoint), self._stepping.new_cycle())
+            clear(self.args.output_dir, self.args)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             interrupted = False
         finally:
@@ -123,19 +135,29 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
     def _begin_training(self) -> None:
         """Resolves the points in training and refuses those that lie outside of it, before the first step."""
         self._points = resolve_points(self.late_phase_config, self.state.max_steps)
-        self.cycle = self._stepping.new_cycle()
         self._stepping.begin_training()
         self._average_schedule = AverageSchedule(self._points, self.state.global_step)
         self._monitor.reset()
-        self._averaged_view.forget()
+        self._evaluated.forget()
         check_trained(unwrapped(self.optimizer), self.late_phase.stacks())
-        if not self._state_keeper.resume():
+        position = self._state_keeper.resume(self.state.global_step, self.args.device)
+        if position is not None:
+            self._go_on_from(position)
+        else:
             # Training begins anew, after one that ran out of memory or with a sharded model that stayed attached.
-            self.weight_average = self._new_average()
-            self._averaged_view = self._new_view()
+            self.time_average = self._new_average()
+            self._evaluated = self._new_view()
             if self.late_phase.released:
                 self._stepping.rejoin()
-        self._first_figures = announce(self)
+        plan = make_plan(
+            self.late_phase_config,
+            self.cycle,
+            self._points,
+            self.state.max_steps,
+            self.args.gradient_accumulation_steps,
+            self._stepping.base_gradient_scale,
+        )
+        self._first_figures = announce(plan, self.state, self.args)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that was killed after its last save has no step left, of which Trainer would take one more.
@@ -145,8 +167,8 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
             super()._run_epoch(*args, **kwargs)
 
     def _begin_step(self) -> None:
-        self._averaged_view.forget()
-        self._stepping.release_if_due(self._points.late_phase_start)
+        self._evaluated.forget()
+        self._stepping.release_if_due(self._points.late_phase_start, self.time_average)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Runs the parent's step with the member whose turn it is, its gradient weighed as the cycle asks."""
@@ -166,24 +188,32 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return grad_norm if grad_norm is not None else self._stepping.norm_and_clip(model, float("inf"))
 
+    def _before_optimizer(self) -> None:
+        if not LOOP_HAS_HOOKS:
+            self._norm_without_clipping()
+        self._stepping.before_optimizer()
+
+    def _after_optimizer(self) -> None:
+        self._stepping.after_optimizer()
+
     def _end_step(self) -> None:
         self.late_phase.rest()
-        if self.weight_average is not None and not self._stepping.cycle_is_open:
-            self._average_schedule.sample(self.weight_average, self.state.global_step)
+        if self.time_average is not None and not self._stepping.cycle_is_open:
+            self._average_schedule.sample(self.time_average, self.state.global_step)
 
     def _end_training(self) -> None:
         self._stepping.drop_held()
         self._state_keeper.forget()
         self.late_phase.rest()
-        tell_which_was_better(self)
+        tell_which_was_better(self.state.log_history, self.args)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the phase, the members' losses and distance, and the gradient norms to Trainer's training logs."""
         if self.is_in_train and "loss" in logs and "learning_rate" in logs and not self.cycle.is_plain:
             logs.update(self._monitor.summary() | self._first_figures)
             self._first_figures = {}
-        if self.is_in_train and self.weight_average is not None:
-            self.weight_average.warn_of_samples_left_out()
+        if self.is_in_train and self.time_average is not None:
+            self.time_average.warn_of_samples_left_out()
         super().log(logs, *args, **kwargs)
 
     # ---- evaluating ----
@@ -196,7 +226,7 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
             time_averaged (`bool`, defaults to `True`):
                 Whether to use the average over time too, if the config asks for SWA or EMA and one was collected.
         """
-        with self._averaged_view.applied(time_averaged):
+        with self._evaluated.applied(time_averaged):
             averaged = self.late_phase.averaged_model()
         # Without what mixed precision has wrapped around its call.
         stock: nn.Module = self.accelerator.unwrap_model(averaged, keep_fp32_wrapper=False)
@@ -207,15 +237,15 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
         if self.is_fsdp_enabled:
             self._attach()  # the parent is about to shard the model
         members = self.late_phase.averaged() if self.late_phase.is_attached else contextlib.nullcontext()
-        with self._averaged_view.applied(), members:
+        with self._evaluated.applied(), members:
             self._member_evaluation.select_member()
             output: Any = super().evaluation_loop(*args, **kwargs)
         is_own = kwargs.get("description") == "Evaluation"
-        if is_own and self.late_phase_config.evaluate_raw and self._averaged_view.has_average:
+        if is_own and self.late_phase_config.evaluate_raw and self._evaluated.has_average:
             # Within the loop, so that both are logged in one entry.
             with (
                 generators_kept(self.args.device),
-                self._averaged_view.applied(time_averaged=False),
+                self._evaluated.applied(time_averaged=False),
                 self.late_phase.averaged(),
             ):
                 raw: Any = super().evaluation_loop(*args, **kwargs)
@@ -243,7 +273,23 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
         Raises:
             `ValueError`: If the dataset has no integer labels, so that there is no probability to average.
         """
-        return self._member_evaluation.run(eval_dataset, ignore_keys, metric_key_prefix)
+        dataloader, prefix = self.get_eval_dataloader(eval_dataset), f"{metric_key_prefix}_"
+
+        def evaluate(name: str) -> dict[str, float]:
+            output = self.evaluation_loop(
+                dataloader,
+                description=f"Evaluation of {name}",
+                prediction_loss_only=self.compute_metrics is None,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
+            return {key.removeprefix(prefix): value for key, value in output.metrics.items()}
+
+        table = self._member_evaluation.run(evaluate)
+        self.log(table.summary(metric_key_prefix))
+        if self.is_world_process_zero():
+            logger.info(f"Members, average and ensemble:\n{table}")
+        return table
 
     def prediction_step(
         self,
@@ -258,70 +304,6 @@ class LatePhaseMixin(LendingMixin, PublishingMixin):
         step = functools.partial(super().prediction_step, model, inputs, False, ignore_keys)
         loss, logits, labels = self._member_evaluation.predict(step)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
-
-    # ---- saving and resuming ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the averaged model as a stock model, with the late-phase config beside it."""
-        with self._averaged_view.applied():
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.args.should_save:  # a sharded model's weights are gathered on that process only
-            state_dict = self.late_phase.averaged_state_dict(state_dict)
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            assert folder is not None
-            self.late_phase_config.save_pretrained(folder)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return staging_folder(run_dir) if self._staging.is_writing else run_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self._staging.checkpoint(self._get_output_dir(trial)):
-            super()._save_checkpoint(model, trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging.is_writing:  # once it is whole, and has its name
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        best = self.state.best_model_checkpoint
-        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            self._finish_current_push()
-            keep_only(self._get_output_dir(trial), best)
-        return super()._finalize_training(trial, *args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        self._state_keeper.save(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._attach()
-        saved = self._state_keeper.read(resume_from_checkpoint)
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._state_keeper.load(saved)
-
-    def _load_as_parent(self, folder: str) -> None:
-        """Loads a folder that only the parent can read; the attached model takes the stock model's weights."""
-        super()._load_from_checkpoint(folder)
-
-    def _load_best_model(self) -> None:
-        folder = self.state.best_model_checkpoint
-        if folder is None or not os.path.isdir(folder) or not has_state(folder):
-            # Saved with save_only_model: its average is all there is.
-            self._averaged_view.forget()
-            self._state_keeper.load_average(folder)
-            return
-        logger.info(f"Loading best model from {folder} (score: {self.state.best_metric}).")
-        if self.is_fsdp_enabled:
-            super()._load_best_model()
-        self._averaged_view.forget()
-        self._state_keeper.load(self._state_keeper.read(folder, to_train=False))
-        self._stepping.drop_held()
 
 
 class LatePhaseTrainer(LatePhaseMixin, Trainer):
@@ -344,3 +326,14 @@ class LatePhaseTrainer(LatePhaseMixin, Trainer):
     trainer.save_model("out")  # AutoModelForCausalLM.from_pretrained("out") needs no hf_latephase
     ```
     """
+
+
+def _dealt_out(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Has a subclass's own `training_step` run with the member whose turn it is, be its parent's called or not."""
+
+    @functools.wraps(training_step)
+    def run(self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        own = functools.partial(training_step, self)
+        return self._stepping.run(own, model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+
+    return run

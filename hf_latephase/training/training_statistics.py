@@ -12,34 +12,32 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.late_phase import LatePhase
 from ..core.running_statistics import measure_statistics
+from .adapter import TrainerAdapter
 
 
-def measure_with(trainer: Any) -> dict[str, Tensor]:
+def measure_with(trainer: TrainerAdapter, late_phase: LatePhase, of_members: bool) -> dict[str, Tensor]:
     """
-    Measures the statistics that the trainer's config asks for; training draws the same random numbers after it.
+    Measures BatchNorm statistics over a trainer's training set; training draws the same random numbers after it.
 
     Args:
-        trainer (`LatePhaseMixin`):
+        trainer (`TrainerAdapter`):
             The trainer, whose training set is passed through once, or once for each member.
+        late_phase (`LatePhase`):
+            The members on its model.
+        of_members (`bool`):
+            Whether each member's are measured, or those of their average.
     """
 
     def minibatches() -> Iterable[Any]:
-        hidden = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-        return tqdm(trainer.get_train_dataloader(), desc="BatchNorm statistics", leave=False, disable=hidden)
-
-    def forward(minibatch: dict[str, Any]) -> None:
-        inputs = trainer._prepare_inputs(minibatch)
-        with trainer.compute_loss_context_manager():
-            trainer.compute_loss(trainer.model, inputs)
+        hidden = trainer.args.disable_tqdm or trainer.args.local_process_index != 0
+        bar: Iterable[Any] = tqdm(trainer.train_dataloader(), desc="BatchNorm statistics", leave=False, disable=hidden)
+        return bar
 
     with generators_kept(trainer.args.device):
         return measure_statistics(
-            trainer.late_phase,
-            minibatches,
-            forward,
-            of_members=trainer.late_phase_config.batch_norm_statistics == "recomputed_members",
-            reduce=trainer.accelerator.reduce,
+            late_phase, minibatches, trainer.forward, of_members=of_members, reduce=trainer.accelerator.reduce
         )
 
 

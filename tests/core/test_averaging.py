@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_latephase import LatePhaseConfig
-from hf_latephase.core.averaging import AverageSchedule, WeightAverage
+from hf_latephase.core.averaging import AverageSchedule, TimeAverage
 from hf_latephase.core.points import resolve_points
 from test_trainer import assert_same, weights_of
 from tiny import gpt2, trainer
@@ -41,9 +41,9 @@ class Walk(nn.Module):
         return np.concatenate([p.detach().double().numpy().ravel() for p in (self.one, self.two)])
 
 
-def averaged(config: LatePhaseConfig, model: Walk, each: Any = lambda step: None) -> tuple[WeightAverage, np.ndarray]:
+def averaged(config: LatePhaseConfig, model: Walk, each: Any = lambda step: None) -> tuple[TimeAverage, np.ndarray]:
     """The average after `STEPS` steps, and the weights after each of them."""
-    average = WeightAverage(model, config.ema_decay, config.ema_memory, config.average_device)
+    average = TimeAverage(model, config.ema_decay, config.ema_memory, config.average_device)
     schedule = AverageSchedule(resolve_points(config, STEPS), 0)
     generator, path = torch.Generator().manual_seed(0), []
     for step in range(1, STEPS + 1):
@@ -53,7 +53,7 @@ def averaged(config: LatePhaseConfig, model: Walk, each: Any = lambda step: None
     return average, np.stack(path)
 
 
-def value_of(average: WeightAverage) -> np.ndarray:
+def value_of(average: TimeAverage) -> np.ndarray:
     return np.concatenate([average.values[name].double().numpy().ravel() for name in ("one", "two")])
 
 
@@ -185,7 +185,7 @@ def test_a_sample_that_is_not_finite_is_left_out(
 ) -> None:
     model = Walk()
     config = LatePhaseConfig(num_members=1, **settings)
-    average = WeightAverage(model, config.ema_decay, config.ema_memory)
+    average = TimeAverage(model, config.ema_decay, config.ema_memory)
     schedule = AverageSchedule(resolve_points(config, STEPS), 0)
     generator, path = torch.Generator().manual_seed(0), []
     for step in range(1, STEPS + 1):
@@ -239,11 +239,11 @@ def test_a_step_that_is_lost_leaves_an_average_that_can_be_evaluated(tmp_path) -
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 6}
     run = trainer(tmp_path, gpt2(), config, extra={"callbacks": [Poison(4)]}, **settings)
     run.train()
-    assert run.weight_average.num_left_out == 1
+    assert run.time_average.num_left_out == 1
     assert math.isfinite(run.evaluate()["eval_loss"])
     again = trainer(tmp_path / "again", gpt2(), config, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert_same(*(dict(sorted(each.weight_average.values.items())) for each in (run, again)))
+    assert_same(*(dict(sorted(each.time_average.values.items())) for each in (run, again)))
 
 
 def test_on_another_device_it_is_the_same(tmp_path) -> None:
@@ -274,7 +274,7 @@ def test_a_layout_that_changes_mixes_no_elements() -> None:
     """The fused kernel goes through memory: a model whose images lie channels last, then first, then resumed."""
     torch.manual_seed(0)
     model = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
-    average = WeightAverage(model)
+    average = TimeAverage(model)
     samples = []
     for layout in (torch.channels_last, torch.contiguous_format, torch.channels_last):
         model.to(memory_format=layout)
@@ -282,7 +282,7 @@ def test_a_layout_that_changes_mixes_no_elements() -> None:
         samples.append(model.weight.detach().clone())
         average.update()
     torch.testing.assert_close(average.values["weight"], torch.stack(samples).mean(0), rtol=0, atol=1e-6)
-    again = WeightAverage(model)
+    again = TimeAverage(model)
     again.load({name: value.contiguous() for name, value in average.values.items()}, average.num_averaged, average.age)
     for each in (average, again):
         each.update()

@@ -18,7 +18,8 @@ from hf_latephase.data.vision import load_images
 from image_training import read_points, train
 
 
-RECIPES = Path(__file__).resolve().parents[2] / "examples" / "vision" / "recipes"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+RECIPES, BENCHMARKS = EXAMPLES / "vision" / "recipes", EXAMPLES / "benchmarks" / "evidence" / "recipes"
 CIFAR = (
     run_cifar.ModelArguments, run_cifar.ImageArguments, run_cifar.MethodArguments, LatePhaseConfig, TrainingArguments,
 )  # fmt: skip
@@ -49,7 +50,8 @@ STEPS_PER_EPOCH = 391  # 50,000 images in minibatches of 128
 
 
 def parsed(types, name, tmp_path, *flags):
-    arguments = [str(RECIPES / f"{name}.yaml"), f"--output_dir={tmp_path / 'out'}", *flags]
+    folder = BENCHMARKS if name.startswith("benchmark") else RECIPES
+    arguments = [str(folder / f"{name}.yaml"), f"--output_dir={tmp_path / 'out'}", *flags]
     return parse_arguments(types, arguments)
 
 

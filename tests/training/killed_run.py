@@ -76,7 +76,7 @@ def train(folder: Path, save_total_limit: int | None = 2) -> None:
     )  # fmt: skip
     run.train(resume_from_checkpoint=get_last_checkpoint(folder / "run"))
     tensors = {f"model.{name}": t for name, t in run.late_phase.model.state_dict().items() if "lm_head" not in name}
-    tensors |= {f"average.{name}": t for name, t in run.weight_average.values.items()}
+    tensors |= {f"average.{name}": t for name, t in run.time_average.values.items()}
     for index, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
     save_file(tensors, folder / "final.safetensors")

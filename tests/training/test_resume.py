@@ -53,8 +53,8 @@ def assert_same_end(whole: Any, other: Any) -> None:
     assert list(ours) == list(theirs)
     for index, state in ours.items():
         assert_same(state, theirs[index])
-    if whole.weight_average is not None:
-        assert_same(*(dict(sorted(run.weight_average.values.items())) for run in (whole, other)))
+    if whole.time_average is not None:
+        assert_same(*(dict(sorted(run.time_average.values.items())) for run in (whole, other)))
     assert logs(whole) == logs(other)
     assert whole.evaluate()["eval_loss"] == other.evaluate()["eval_loss"]
 

@@ -188,7 +188,7 @@ def test_swa_averages_base_and_members_once_a_cycle(tmp_path) -> None:
     config = LatePhaseConfig(num_members=3, weights=["rank1", "norm"], late_phase_start=0, swa_start=6)
     run = trainer(tmp_path, gpt2(), config, max_steps=15, extra={"callbacks": [Watch()]})
     run.train()
-    assert len(seen) == run.weight_average.num_averaged == 4
+    assert len(seen) == run.time_average.num_averaged == 4
     stacks = run.late_phase.stacks()
     assert any(name.endswith("left") for name in stacks) and any("ln_f" in name for name in stacks)
     for name, value in stacks.items():
@@ -201,7 +201,7 @@ def test_ema_counts_training_steps_and_restarts_members_at_t0(tmp_path) -> None:
     config = LatePhaseConfig(num_members=3, weights=["norm"], late_phase_start=4, ema_decay=0.8, ema_start=0)
     run = trainer(tmp_path, gpt2(), config, max_steps=10)
     run.train()
-    assert run.weight_average.num_averaged == 4 + 2
+    assert run.time_average.num_averaged == 4 + 2
     stack = run.late_phase.stacks()["transformer.ln_f.parametrizations.weight.original"]
     # All members averaged over the same history, none over its idle one.
     assert (stack[1] - 1).abs().max() > 0.2 * (stack[0] - 1).abs().max()
@@ -352,7 +352,7 @@ def test_saved_model_is_stock(tmp_path, name: str, weights: list[str], swa_start
     run.save_model(tmp_path / "saved")
     ids = Text(3).ids
     model.eval()
-    with run._averaged_view.applied(), run.late_phase.averaged(), torch.no_grad():
+    with run._evaluated.applied(), run.late_phase.averaged(), torch.no_grad():
         expected = model(ids).logits
     (tmp_path / "reload.py").write_text(textwrap.dedent(RELOAD))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

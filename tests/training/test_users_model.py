@@ -403,7 +403,7 @@ def test_averaging_alone_attaches_nothing(tmp_path: Path, weights: Any, average:
     assert run.late_phase.targets == []
     run.train()
     assert_same(weights_of(run.averaged_model(time_averaged=False)), weights_of(plain_model))
-    assert run.weight_average.num_averaged == 2 and not torch.equal(model.embed.weight, plain_model.embed.weight)
+    assert run.time_average.num_averaged == 2 and not torch.equal(model.embed.weight, plain_model.embed.weight)
 
 
 def test_one_member_has_trainers_groups(tmp_path: Path) -> None:

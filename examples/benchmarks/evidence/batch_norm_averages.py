@@ -44,7 +44,7 @@ KINDS = ("running", "recomputed", "recomputed_members", "one by one")
 def averaged_one_by_one(trainer: ImageTrainer, time_averaged: bool) -> nn.Module:
     """The averaged model with the plain means of scale, shift, mean and variance."""
     model = trainer.averaged_model(time_averaged)
-    average = trainer.weight_average.values if time_averaged and trainer.weight_average is not None else {}
+    average = trainer.time_average.values if time_averaged and trainer.time_average is not None else {}
     source = trainer.late_phase.model.state_dict() | average
     for target in trainer.late_phase.targets:
         stack = source[f"{target.module}.parametrizations.{target.tensor}.original"]
@@ -63,13 +63,13 @@ def figures(trainer: ImageTrainer, images: Any) -> list[dict[str, Any]]:
                 model = averaged_one_by_one(trainer, time_averaged)
             else:
                 trainer.late_phase_config.batch_norm_statistics = kind
-                trainer._averaged_view.forget()
+                trainer._evaluated.forget()
                 model = trainer.averaged_model(time_averaged)
             prediction = combine_predictions([trainer.predict_logits(model.eval(), images)])
             metric = Calibration(keep_in_memory=True)
             metric.add_batch(log_probs=prediction.log_probs.double().numpy(), labels=images.labels.numpy())
             records.append({"statistics": kind, "SWA": time_averaged} | metric.compute())
-        trainer._averaged_view.forget()
+        trainer._evaluated.forget()
     trainer.late_phase_config.batch_norm_statistics = "running"
     return records
 

@@ -7,8 +7,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -24,63 +25,69 @@ class Staging:
     Trainer writes straight into `checkpoint-N` and deletes in place, so that a killed process leaves a folder that is
     taken for a checkpoint and is none. Renaming a folder happens at once: whatever bears the name is whole.
 
-    Args:
-        trainer (`LatePhaseMixin`):
-            The trainer.
+    Attributes:
+        is_writing (`bool`):
+            Whether a checkpoint is being written, which does not lie where it belongs.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(self) -> None:
         self.is_writing = False
 
-    def clear(self, run_dir: str) -> None:
-        """Removes what a killed run left."""
-        if self._trainer.args.local_process_index == 0:
-            shutil.rmtree(staging_folder(run_dir), ignore_errors=True)
-
     @contextlib.contextmanager
-    def checkpoint(self, run_dir: str) -> Iterator[None]:
+    def checkpoint(
+        self, run_dir: str, state: TrainerState, args: TrainingArguments, accelerator: Accelerator
+    ) -> Iterator[str]:
         """
         Context in which the parent writes one checkpoint, its run folder being `staging_folder(run_dir)`.
 
-        Then the checkpoint takes its place, older ones go, and it is pushed.
+        Then the checkpoint takes its place, and older ones go. Yields the place.
+
+        Args:
+            run_dir (`str`):
+                The run's folder.
+            state (`transformers.TrainerState`), args (`transformers.TrainingArguments`):
+                The trainer's.
+            accelerator (`accelerate.Accelerator`):
+                Connects the processes.
         """
-        trainer, state, args = self._trainer, self._trainer.state, self._trainer.args
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         staged, folder = os.path.join(staging_folder(run_dir), name), os.path.join(run_dir, name)
         best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if state.best_global_step and state.best_global_step != state.global_step and os.path.isdir(best):
             # The parent looks for it in the staging folder. It matters if the run's folder was moved.
             state.best_model_checkpoint = best
-        self.clear(run_dir)
-        trainer.accelerator.wait_for_everyone()
+        clear(run_dir, args)
+        accelerator.wait_for_everyone()
         self.is_writing = True
         try:
-            yield
+            yield folder
         finally:
             self.is_writing = False
         if state.best_model_checkpoint == staged:
             state.best_model_checkpoint = folder
             if args.should_save:
                 state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
-        self._publish(staged, folder)
+        _publish_together(staged, folder, args, accelerator)
         if args.should_save:
             rotate(run_dir, args.save_total_limit, state.best_model_checkpoint)
-        self.clear(run_dir)
-        if args.push_to_hub:
-            # Last: the upload goes through the run's folder in the background, and fails if something vanishes there.
-            trainer._push_from_checkpoint(folder)
+        clear(run_dir, args)
 
-    def _publish(self, staged: str, folder: str) -> None:
-        args, accelerator = self._trainer.args, self._trainer.accelerator
-        accelerator.wait_for_everyone()
-        if args.should_save:
-            publish(staged, folder)
-        accelerator.wait_for_everyone()
-        # Machines that share no disk and do not save keep their generators' state.
-        if not args.should_save and args.local_process_index == 0 and os.path.isdir(staged):
-            publish(staged, folder)
-        accelerator.wait_for_everyone()
+
+def clear(run_dir: str, args: TrainingArguments) -> None:
+    """Removes what a killed run left."""
+    if args.local_process_index == 0:
+        shutil.rmtree(staging_folder(run_dir), ignore_errors=True)
+
+
+def _publish_together(staged: str, folder: str, args: TrainingArguments, accelerator: Accelerator) -> None:
+    accelerator.wait_for_everyone()
+    if args.should_save:
+        publish(staged, folder)
+    accelerator.wait_for_everyone()
+    # Machines that share no disk and do not save keep their generators' state.
+    if not args.should_save and args.local_process_index == 0 and os.path.isdir(staged):
+        publish(staged, folder)
+    accelerator.wait_for_everyone()
 
 
 def sort_checkpoints(run_dir: str, use_mtime: bool = False) -> list[str]:

@@ -10,19 +10,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .averaging import WeightAverage
+from .averaging import TimeAverage
 from .late_phase import LatePhase
 from .running_statistics import forget_statistics, plain_layers, shown, statistics_of
 
 
-class AveragedView:
+class EvaluatedWeights:
     """
     Puts the averages that the config asks for in place of the weights that training goes on with.
 
     Args:
         late_phase (`LatePhase`):
             The members.
-        average (`WeightAverage`, *optional*):
+        average (`TimeAverage`, *optional*):
             Their average over time, if the config asks for one.
         measure (`Callable[[], dict[str, torch.Tensor]]`, *optional*):
             Measures BatchNorm statistics over the training set, if the config asks for it; see
@@ -30,7 +30,7 @@ class AveragedView:
     """
 
     def __init__(
-        self, late_phase: LatePhase, average: WeightAverage | None, measure: Callable[[], dict[str, Tensor]] | None
+        self, late_phase: LatePhase, average: TimeAverage | None, measure: Callable[[], dict[str, Tensor]] | None
     ) -> None:
         self._late_phase = late_phase
         self.average = average
