@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import yaml
 from transformers import TrainingArguments
 
 import paper_cifar
@@ -18,7 +19,8 @@ import run_cifar
 import run_enwik8
 from common.recipe import parse_arguments
 from hf_latephase import LatePhaseConfig
-from regime_settings import SWEEP, TASKS, setting
+from regime_settings import RECIPES, SWEEP, TASKS, setting
+from runs import with_table
 
 
 TYPES = {
@@ -31,6 +33,7 @@ TYPES = {
         *(LatePhaseConfig, TrainingArguments),
     ),
 }
+LANGUAGE = Path(run_enwik8.__file__).parent
 every_task = pytest.mark.parametrize("name", TASKS)
 
 
@@ -54,52 +57,65 @@ def test_every_method_sees_as_much_at_the_same_rate(name, tmp_path) -> None:
     assert len(names) == len(task.methods)  # no folder for two
 
 
-def test_minibatches_of_other_sizes_differ_in_nothing_else() -> None:
+def test_other_noise_differs_in_nothing_else() -> None:
     task = TASKS["lstm"]
-    assert {own.batch_size for own in SWEEP} >= {2, 16}
+    assert len(set(SWEEP)) == len(SWEEP)
     for own in SWEEP:
-        assert replace(own, batch_size=task.batch_size) == setting("lstm", own.method, own.seed)
+        usual = setting("lstm", own.method, own.seed)
+        assert own != usual
+        assert replace(own, batch_size=task.batch_size, rate=task.rate) == usual
 
 
-def report_of(bits: float) -> dict:
-    scores = {"validation": bits, "test": 10 * bits}
-    return {
-        "settings": {"torch": "1", "transformers": "2"},
-        "results": [{"minutes": 1.0, "scores": scores, "averaged_scores": {"validation": bits / 2, "test": 5 * bits}}],
-    }
-
-
-def test_validation_chooses_the_rate_and_other_rates_have_no_test_figures(tmp_path, monkeypatch) -> None:
-    task, ran = TASKS["gpt2"], []
-    (low,) = task.other_rates
+def test_what_has_run_is_read_not_repeated(tmp_path, monkeypatch) -> None:
+    ran = []
 
     def run_all(runs, workers):
         for run in runs:
             if not run.is_finished:
                 ran.append(run.folder)
                 run.folder.mkdir(parents=True)
-                rate = next(float(flag.partition("=")[2]) for flag in run.arguments if "learning_rate" in flag)
-                # One method likes the low rate, all others the shared one.
-                likes_low = "accumulation" in run.folder.name
-                bits = {task.rate: 2.0, low: 1.0 if likes_low else 3.0}[rate]
-                (run.folder / "results.json").write_text(json.dumps(report_of(bits)))
+                result = {
+                    "scores": {"validation": 1.0, "test": 2.0},
+                    "averaged_scores": {"validation": 3.0, "test": 4.0},
+                }
+                report = {"settings": {"torch": "1", "transformers": "2"}, "results": [result | {"minutes": 1.0}]}
+                (run.folder / "results.json").write_text(json.dumps(report))
                 (run.folder / "finished").touch()
 
     monkeypatch.setattr(regime, "run_all", run_all)
-    records = regime.fill("gpt2", tmp_path, None, 1)
-    for method in task.methods:
-        seeds = {
-            rate: [r["seed"] for r in records if (r["method"], r["rate"]) == (method, rate)]
-            for rate in (low, task.rate)
-        }
-        everyone = list(range(task.methods[method].seeds))
-        assert seeds == {low: everyone if "accumulation" in method else [0], task.rate: everyone}
-    for own in records:
-        read = own["rate"] == task.rate or (own["rate"] == low and "accumulation" in own["method"])
-        assert ("test" in own, "test, SWA" in own) == (read, read)
-    before = len(ran)
-    assert regime.fill("gpt2", tmp_path, None, 1) == records
-    assert len(ran) == before  # nothing runs twice
+    monkeypatch.setattr(regime, "figures_of", lambda name: tmp_path / f"{name}.json")
+    monkeypatch.setattr(regime, "write_report", lambda: None)
+    monkeypatch.setattr("sys.argv", ["regime.py", "--task=lstm", f"--output_dir={tmp_path / 'out'}"])
+    regime.main()
+    record = json.loads((tmp_path / "lstm.json").read_text())
+    methods = TASKS["lstm"].methods
+    assert len(record["runs"]) == len(ran) == sum(method.seeds for method in methods.values())
+    assert record["environment"]["torch"] == "1" and str(tmp_path) not in json.dumps(record)
+    run = record["runs"][0]
+    assert (run["method"], run["seed"], run["test"], run["validation, SWA"]) == ("base", 0, {"bpc": 2.0}, {"bpc": 3.0})
+    regime.main()
+    assert len(ran) == len(record["runs"])  # nothing runs twice
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"task": "mine"}, "task must be one of"), ({"task": "cifar"}, "dataset names"),
+     ({"task": "lstm", "dataset": "x"}, "dataset names")],
+)  # fmt: skip
+def test_what_is_refused(flags, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        regime.RegimeArguments(**flags)
+
+
+def test_the_closed_form_falls_with_noise() -> None:
+    task = TASKS["lstm"]
+    gain = regime_report.predicted_gain
+    assert gain((task.batch_size, task.rate), adam=False) == 1
+    # Linear in the noise's variance, exactly.
+    assert gain((2 * task.batch_size, task.rate), adam=False) == pytest.approx(0.5, rel=1e-12)
+    # And to first order in the rate.
+    assert gain((task.batch_size, task.rate / 2), adam=True) == pytest.approx(0.5, abs=0.03)
+    assert gain((2 * task.batch_size, task.rate), adam=True) == pytest.approx(0.5**0.5, abs=0.03)
 
 
 def test_what_is_recorded_of_an_image_classifier() -> None:
@@ -120,6 +136,45 @@ def test_ahead_means_better() -> None:
     assert regime_report.ahead([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], 2) == "+2.00 ± 2.48"
     assert regime_report.ahead([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], 2, higher=True) == "+2.00 ± 2.48"
     assert regime_report.ahead([1.0], [2.0]) == "–"
+
+
+# ---- what is recorded, and what is said of it ----
+
+
+def recorded(name: str) -> list[dict]:
+    return json.loads(regime_report.figures_of(name).read_text(encoding="utf-8"))["runs"]
+
+
+def test_tables_are_made_from_the_figures() -> None:
+    for mark, (table, pages) in regime_report.TABLES.items():
+        for path in pages:
+            page = path.read_text(encoding="utf-8")
+            assert page == with_table(page, mark, table()), (mark, path)
+            # A figure that is not the runs' would show.
+            assert page != with_table(page, mark, table().replace("1", "7", 1))
+
+
+@pytest.mark.parametrize("name", regime.PLANS)
+def test_every_run_that_the_command_makes_is_recorded(name) -> None:
+    if name == "gpt2":
+        assert not regime_report.figures_of(name).exists()  # not run yet: docs/results.md says so
+        return
+    keys = ("method", "rate", "batch_size", "steps", "seed")
+    runs = [tuple(run[key] for key in keys) for run in recorded(name)]
+    assert runs == [tuple(getattr(own, key) for key in keys) for own in regime.plan(name)]
+
+
+def test_the_demo_is_what_its_table_is_made_of() -> None:
+    """Its recipe says what the benchmark's says, with the flags of the late-phase row; the rest is what it shows."""
+    demo, own = (
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in (LANGUAGE / "recipes" / "enwik8_demo.yaml", RECIPES / "regime_lstm.yaml")
+    )
+    shown = {"curve_bytes", "sample_bytes", "eval_strategy", "eval_steps", "logging_steps"}
+    assert {key: value for key, value in own.items() if key not in {*shown, "weights"}}.items() <= demo.items()
+    assert demo.keys() - own.keys() - shown == {"method", "output_dir", "seed"}
+    assert demo["weights"] == ["head"] and demo["method"] == list(regime_report.DEMO)
+    assert TASKS["lstm"].methods[regime_report.DEMO["late_phase"]].flags == ["--method=late_phase", "--weights=head"]
 
 
 # ---- on a GPU, as the paper trains ----

@@ -7,10 +7,9 @@ controls that explain it, and what else costs the same.
     python examples/benchmarks/evidence/regime.py --task noise
 
 Every run is `run_enwik8.py` or `run_cifar.py` with a recipe `regime_*.yaml`, in a folder of its own; runs that have
-finished are not repeated, so an interrupted table goes on where it was. All seeds run at the rate that all methods
-share. The first seed tries other rates; where validation prefers one of them, all seeds run at it too. Test figures
-are read at those two rates only. The figures go to `regime_TASK.json` beside this file, the tables made from all of
-these (see `regime_report.py`) into `RESULTS.md`, `docs/results.md` and the README.
+finished are not repeated, so an interrupted table goes on where it was. All methods of a task have one rate. The task
+noise is the LSTM with minibatches of other sizes and at another rate. The figures go to `regime_TASK.json` beside this
+file, the tables made from all of these (see `regime_report.py`) into `RESULTS.md`, `docs/results.md` and the README.
 """
 
 from __future__ import annotations
@@ -85,53 +84,13 @@ def read(settings: Sequence[Setting], folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def chosen(records: Sequence[dict[str, Any]], task: str, method: str, averaged: bool) -> float:
-    """The rate that the first seed's validation figures are best at."""
-    first = [own for own in records if own["method"] == method and own["seed"] == 0]
-    measure = "nll" if task == "cifar" else "bpc"
-    return min(first, key=lambda own: own["validation" + averaged * ", SWA"][measure])["rate"]
-
-
-def fill(name: str, folder: Path, dataset: str | None, workers: int) -> list[dict[str, Any]]:
-    """
-    Runs what has not finished of a task and returns its figures; those of test only at rates that were chosen.
-
-    Returns:
-        `list[dict[str, Any]]`: By run.
-    """
-    task = TASKS[name]
-
-    def run(settings: Sequence[Setting]) -> list[dict[str, Any]]:
-        run_all([own.run(folder, dataset) for own in settings], workers)
-        return read(settings, folder)
-
-    methods = task.methods
-    # Seed by seed, so that an interrupted table has every method.
+def plan(name: str) -> list[Setting]:
+    """The runs of a task, seed by seed, so that an interrupted one has every method."""
+    if name == "noise":
+        return SWEEP
+    methods = TASKS[name].methods
     last = max(method.seeds for method in methods.values())
-    records = run(
-        [setting(name, key, seed) for seed in range(last) for key, method in methods.items() if seed < method.seeds]
-    )
-    tuned = [key for key, method in methods.items() if method.is_tuned]
-    records += run([setting(name, key, 0, rate) for key in tuned for rate in task.other_rates])
-    rates = {
-        (key, rate)
-        for key in tuned
-        for rate in (chosen(records, name, key, averaged) for averaged in (False, True))
-        if rate != task.rate
-    }
-    records += run(
-        [setting(name, key, seed, rate) for key, rate in sorted(rates) for seed in range(1, methods[key].seeds)]
-    )
-    for own in records:
-        if own["rate"] != task.rate and (own["method"], own["rate"]) not in rates:
-            del own["test"], own["test, SWA"]
-    return records
-
-
-def fill_sweep(folder: Path, workers: int) -> list[dict[str, Any]]:
-    """Runs what has not finished of the minibatches of other sizes and returns its figures."""
-    run_all([own.run(folder) for own in SWEEP], workers)
-    return read(SWEEP, folder)
+    return [setting(name, key, seed) for seed in range(last) for key, own in methods.items() if seed < own.seeds]
 
 
 def versions(settings: Sequence[Setting], folder: Path) -> dict[str, str]:
@@ -144,16 +103,13 @@ def main() -> None:
     """Runs what has not finished and writes figures and tables."""
     (arguments,) = HfArgumentParser(RegimeArguments).parse_args_into_dataclasses()
     name, folder = arguments.task, Path(arguments.output_dir)
-    if name == "noise":
-        records, first = fill_sweep(folder, arguments.workers), SWEEP
-    else:
-        records = fill(name, folder, arguments.dataset, arguments.workers)
-        first = [setting(name, next(iter(TASKS[name].methods)), 0)]
+    settings = plan(name)
+    run_all([own.run(folder, arguments.dataset) for own in settings], arguments.workers)
     command = f"python examples/benchmarks/evidence/regime.py --task {name}"
     record = {
         "command": command + (" --dataset path/to/cifar10" if arguments.dataset else ""),
-        "environment": environment() | versions(first, folder),
-        "runs": records,
+        "environment": environment() | versions(settings, folder),
+        "runs": read(settings, folder),
     }
     figures_of(name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_report()

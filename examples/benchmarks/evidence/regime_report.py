@@ -75,15 +75,6 @@ class Figures:
         own = self.of_method(method, rate, batch_size)
         return [scale * run[split][measure] for run in own if split in run]
 
-    def rates(self, method: str) -> list[float]:
-        """The rates that a method has run at."""
-        return sorted({run["rate"] for run in self.runs if run["method"] == method})
-
-    def chosen(self, method: str, averaged: str, measure: str) -> float:
-        """The rate that the first seed's validation figures are best at."""
-        first = {rate: self.values(method, rate, f"validation{averaged}", measure)[0] for rate in self.rates(method)}
-        return min(first, key=lambda rate: first[rate])
-
 
 def ahead(own: Sequence[float], other: Sequence[float], digits: int = 3, higher: bool = False) -> str:
     """By how much the first is better than the second, with its 95 % interval, over the seeds (from 0) of both."""
@@ -127,53 +118,7 @@ def image_comparison() -> str:
     return markdown(["method", *columns, *(f"SWA: {column}" for column in columns), "seeds"], 1, lines)
 
 
-def by_rate(name: str) -> str:
-    """A language model's validation figures of the first seed at all rates, and what the best of them has on test."""
-    figures, task = Figures.of(name), TASKS[name]
-    rates = sorted({task.rate, *task.other_rates})
-    lines = []
-    for method in task.methods:
-        if set(figures.rates(method)) != set(rates):
-            continue
-        for averaged in ("", SWA):
-            shown = [figures.values(method, rate, f"validation{averaged}", "bpc")[0] for rate in rates]
-            best = figures.chosen(method, averaged, "bpc")
-            own = figures.values(method, best, f"test{averaged}", "bpc")
-            base = figures.values(BASE, figures.chosen(BASE, averaged, "bpc"), f"test{averaged}", "bpc")
-            cells = [f"{value:.3f}" for value in shown]
-            lines.append([method + averaged, *cells, f"{best:g}", spread(own), ahead(own, base), str(len(own))])
-    header = ["method", *(f"validation, rate {rate:g}" for rate in rates), "rate chosen", "test"]
-    return markdown([*header, "ahead of base at its own", "seeds"], 1, lines)
-
-
-# ---- the size of minibatches ----
-
-
-def predicted_gain(batch_size: int, adam: bool) -> float:
-    """
-    What the members gain over plain training on the noisy quadratic problem, in units of that at the LSTM's size.
-
-    The closed form is SGD's. Adam divides its steps by the gradients' size; where that is noise, it falls with the
-    root of the minibatch, so that Adam is SGD at a rate that grows with that root.
-
-    Args:
-        batch_size (`int`):
-            Windows in a minibatch.
-        adam (`bool`):
-            Whether the rate grows so.
-    """
-    hessian = torch.diag(1 / torch.arange(1, 11, dtype=torch.float64))
-    own_size = TASKS["lstm"].batch_size
-
-    def gain(size: int) -> float:
-        # Gradients have covariance H / size: those of a likelihood.
-        problem = NoisyQuadratic(hessian, torch.linalg.inv(hessian) / size)
-        rate = 0.1 * math.sqrt(size / own_size) if adam else 0.1
-        base, averaged = Method("base", 1, 0), Method("late-phase, γ = 1/K", 10, 5, 1 / 10)
-        return steady_state_loss(problem, base, rate) - steady_state_loss(problem, averaged, rate)
-
-    return gain(batch_size) / gain(own_size)
-
+# ---- noise ----
 
 NOISE_METHODS = {
     "base, SWA": (BASE, SWA),
@@ -181,60 +126,97 @@ NOISE_METHODS = {
     "accumulation (plain)": ("accumulation (plain)", ""),
     "late-phase head": ("late-phase head", ""),
 }
+Noise = tuple[int, float]  # windows in a minibatch, rate
 
 
-def gains(method: str, averaged: str = "") -> dict[int, list[float]]:
-    """By size of minibatches: how far a method is ahead of the base without an average, by seed."""
-    figures, rate = Figures(Figures.of("lstm").runs + Figures.of("noise").runs), TASKS["lstm"].rate
-    found = {}
-    for size in sorted({run["batch_size"] for run in figures.runs}):
+def predicted_gain(noise: Noise, adam: bool) -> float:
+    """
+    What members gain over plain training on the noisy quadratic problem, in units of that at the LSTM's own noise.
+
+    The closed form is SGD's. Adam divides its steps by the gradients' size; where that is noise, it falls with the
+    root of the minibatch, so that Adam is SGD at a rate that grows with that root.
+
+    Args:
+        noise (`tuple[int, float]`):
+            Windows in a minibatch, and the rate.
+        adam (`bool`):
+            Whether the rate grows so.
+    """
+    hessian = torch.diag(1 / torch.arange(1, 11, dtype=torch.float64))
+    task = TASKS["lstm"]
+
+    def gain(size: int, rate: float) -> float:
+        # Gradients have covariance H / size: those of a likelihood.
+        problem = NoisyQuadratic(hessian, torch.linalg.inv(hessian) / size)
+        rate *= 0.1 / task.rate * (math.sqrt(size / task.batch_size) if adam else 1)
+        base, averaged = Method("base", 1, 0), Method("late-phase, γ = 1/K", 10, 5, 1 / 10)
+        return steady_state_loss(problem, base, rate) - steady_state_loss(problem, averaged, rate)
+
+    return gain(*noise) / gain(task.batch_size, task.rate)
+
+
+def all_runs() -> Figures:
+    """The LSTM's, at all noise."""
+    return Figures(Figures.of("lstm").runs + Figures.of("noise").runs)
+
+
+def noises() -> list[Noise]:
+    """What there are, the most first."""
+    found = {(run["batch_size"], run["rate"]) for run in all_runs().runs}
+    return sorted(found, key=lambda noise: -predicted_gain(noise, adam=True))
+
+
+def gains(method: str, averaged: str = "") -> dict[Noise, list[float]]:
+    """How far a method is ahead of the base without an average, by seed."""
+    figures, found = all_runs(), {}
+    for size, rate in noises():
         base = {run["seed"]: run["test"]["bpc"] for run in figures.of_method(BASE, rate, size)}
         own = {run["seed"]: run[f"test{averaged}"]["bpc"] for run in figures.of_method(method, rate, size)}
         if pairs := [base[seed] - own[seed] for seed in sorted(base.keys() & own.keys())]:
-            found[size] = pairs
+            found[size, rate] = pairs
     return found
 
 
+def own_gain() -> float:
+    """Of the members, at the LSTM's own noise."""
+    return statistics.mean(gains("late-phase head")[TASKS["lstm"].batch_size, TASKS["lstm"].rate])
+
+
 def noise_table() -> str:
-    """The gains over the base by size of minibatches, measured and predicted."""
-    rate, figures = TASKS["lstm"].rate, Figures(Figures.of("lstm").runs + Figures.of("noise").runs)
+    """The gains over the base by noise, measured and predicted."""
     found = {name: gains(*which) for name, which in NOISE_METHODS.items()}
-    at_own = statistics.mean(found["late-phase head"][TASKS["lstm"].batch_size])
     lines = []
-    for size in sorted({run["batch_size"] for run in figures.runs}):
-        base = figures.values(BASE, rate, "test", "bpc", size)
-        cells = [spread(own[size]) if size in (own := found[name]) else "–" for name in NOISE_METHODS]
-        predicted = [f"{at_own * predicted_gain(size, adam):.3f}" for adam in (False, True)]
-        lines.append([str(size), spread(base), *cells, *predicted, str(len(base))])
-    header = ["windows in a minibatch", "base", *(f"{name}: gain" for name in NOISE_METHODS)]
-    return markdown([*header, "predicted, SGD", "predicted, Adam", "seeds of base"], 1, lines)
+    for noise in noises():
+        size, rate = noise
+        base = all_runs().values(BASE, rate, "test", "bpc", size)
+        cells = [spread(own[noise]) if noise in own else "–" for own in found.values()]
+        predicted = [f"{own_gain() * predicted_gain(noise, adam):.3f}" for adam in (False, True)]
+        lines.append([str(size), f"{rate:g}", spread(base), *cells, *predicted, str(len(base))])
+    header = ["windows", "rate", "base", *(f"{name}: gain" for name in NOISE_METHODS), "predicted, SGD"]
+    return markdown([*header, "predicted, Adam", "seeds of base"], 2, lines)
 
 
 def draw_noise(path: Path) -> None:
     """The gains over the base against the noise of gradients."""
-    own_size = TASKS["lstm"].batch_size
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     axes.axhline(0, color="0.6", linewidth=1)
-    for colour, marker, (name, which) in zip(COLOURS, "os^D", NOISE_METHODS.items(), strict=False):
+    x = {noise: predicted_gain(noise, adam=True) for noise in noises()}
+    for shift, (colour, marker, (name, which)) in enumerate(zip(COLOURS, "os^D", NOISE_METHODS.items(), strict=False)):
         found = gains(*which)
-        noise = [own_size / size for size in found]
         means = [statistics.mean(own) for own in found.values()]
         errors = [statistics.stdev(own) if len(own) > 1 else 0 for own in found.values()]
-        axes.errorbar(noise, means, errors, color=colour, marker=marker, capsize=3, markersize=5)
-        label = axes.annotate(f" {name}", (max(noise), means[noise.index(max(noise))]), color=colour, va="center")
-        label.set_fontsize(9)
-    late = gains("late-phase head")
-    scale, sizes = statistics.mean(late[own_size]), sorted(late)
-    for adam, style in ((False, "--"), (True, ":")):
-        curve = [scale * predicted_gain(size, adam) for size in sizes]
-        axes.plot([own_size / size for size in sizes], curve, color="0.35", linestyle=style)
-        name = f" members, predicted ({'Adam' if adam else 'SGD'})"
-        axes.annotate(name, (own_size / sizes[0], curve[0]), color="0.35", va="center", fontsize=9)
-    axes.set_xscale("log", base=2)
-    ticks = [own_size / size for size in sorted(late)]
-    axes.set_xticks(ticks, [f"{tick:g}\n({size})" for tick, size in zip(ticks, sorted(late), strict=True)])
-    axes.set_xlim(min(ticks) / 1.2, max(ticks) * 3)
-    axes.set_xlabel("variance of the gradients' noise, that of 4 windows = 1 (windows in a minibatch)")
+        places = [x[noise] + 0.012 * (shift - 1.5) for noise in found]  # so that no bar hides another
+        axes.errorbar(places, means, errors, color=colour, marker=marker, capsize=3, markersize=5)
+        # At the end of a line; a point alone has lines to its right.
+        text, side = (f"  {name}", "left") if len(found) > 1 else (f"{name}   ", "right")
+        axes.annotate(text, (places[0], means[0]), color=colour, va="center", ha=side, fontsize=9)
+    places = list(x.values())
+    axes.plot(places, [own_gain() * place for place in places], color="0.35", linestyle="--")
+    axes.annotate("  members, predicted", (places[0], own_gain() * places[0]), color="0.35", va="top", fontsize=9)
+    names = [f"{place:.2f}\n{size} windows\nrate {rate:g}" for (size, rate), place in x.items()]
+    axes.set_xticks(places, names, fontsize=8)
+    axes.set_xlim(min(places) - 0.1, max(places) + 0.45)
+    axes.set_xlabel("noise that Adam's steps carry: rate / √windows, relative to that of the first table")
     axes.set_ylabel("gain over base, bits per character")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -291,7 +273,6 @@ def demo() -> str:
 TABLES = {
     "regime_lstm": (lambda: comparison("lstm"), (RESULTS_PAGE, RESULTS)),
     "regime_cifar": (image_comparison, (RESULTS_PAGE, RESULTS)),
-    "regime_rates": (lambda: by_rate("lstm"), (RESULTS_PAGE, RESULTS)),
     "regime_noise": (noise_table, (RESULTS_PAGE, RESULTS)),
     "what_to_use": (what_to_use, (RESULTS_PAGE, RESULTS)),
     "demo": (demo, (README,)),

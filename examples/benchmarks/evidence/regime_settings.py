@@ -18,13 +18,11 @@ class Method:
 
     Attributes:
         flags (`list[str]`): What it adds to the recipe.
-        seeds (`int`): How many run at the rate that all methods share.
-        is_tuned (`bool`): Whether the first seed tries other rates, too.
+        seeds (`int`): How many, from 0 on.
     """
 
     flags: list[str]
     seeds: int
-    is_tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Task:
         title (`str`): What tables call it.
         script, recipe (`str`): What trains it.
         rate (`float`): The rate that all methods share.
-        other_rates (`tuple[float, ...]`): What the first seed tries besides.
         batch_size, steps (`int`): The recipe's.
         methods (`dict[str, Method]`): By name.
     """
@@ -45,7 +42,6 @@ class Task:
     script: str
     recipe: str
     rate: float
-    other_rates: tuple[float, ...]
     batch_size: int
     steps: int
     methods: dict[str, Method]
@@ -87,32 +83,32 @@ BASE, ONE, ACCUMULATION, LATE = ([f"--method={name}"] for name in ("base", "one_
 HEAD, NORM, RANK1 = (f"--weights={name}" for name in ("head", "norm", "rank1"))  # one head or norm is no new parameter
 TASKS = {
     "lstm": Task(
-        *("LSTM of 128 units, Python's language reference", "run_enwik8.py", "regime_lstm.yaml", 0.005, (0.0025,)),
+        *("LSTM of 128 units, Python's language reference", "run_enwik8.py", "regime_lstm.yaml", 0.005),
         *(4, 4000),
         {
-            "base": Method(BASE, 5, is_tuned=True),
-            "one member (rank-1)": Method([*ONE, RANK1], 5, is_tuned=True),
+            "base": Method(BASE, 5),
+            "one member (rank-1)": Method([*ONE, RANK1], 5),
             "accumulation (rank-1)": Method([*ACCUMULATION, RANK1], 5),
-            "accumulation (plain)": Method([*ACCUMULATION, HEAD], 5, is_tuned=True),
-            "late-phase rank-1": Method([*LATE, RANK1], 5, is_tuned=True),
-            "late-phase head": Method([*LATE, HEAD], 5, is_tuned=True),
+            "accumulation (plain)": Method([*ACCUMULATION, HEAD], 5),
+            "late-phase rank-1": Method([*LATE, RANK1], 5),
+            "late-phase head": Method([*LATE, HEAD], 5),
             "late-phase rank-1 and head": Method([*LATE, "--weights", "rank1", "head"], 5),
             "base, linear decay": Method([*BASE, "--decay_after_start=true"], 2),
         },
     ),
     "gpt2": Task(
-        *("gpt2 of 2 layers, Python's language reference", "run_enwik8.py", "regime_gpt2.yaml", 0.004, (0.002,)),
+        *("gpt2 of 2 layers, Python's language reference", "run_enwik8.py", "regime_gpt2.yaml", 0.004),
         *(4, 4000),
         {
-            "base": Method(BASE, 3, is_tuned=True),
-            "one member (rank-1)": Method([*ONE, RANK1], 3, is_tuned=True),
-            "accumulation (plain)": Method([*ACCUMULATION, NORM], 3, is_tuned=True),
-            "late-phase norm": Method([*LATE, NORM], 3, is_tuned=True),
-            "late-phase rank-1": Method([*LATE, RANK1], 3, is_tuned=True),
+            "base": Method(BASE, 3),
+            "one member (rank-1)": Method([*ONE, RANK1], 3),
+            "accumulation (plain)": Method([*ACCUMULATION, NORM], 3),
+            "late-phase norm": Method([*LATE, NORM], 3),
+            "late-phase rank-1": Method([*LATE, RANK1], 3),
         },
     ),
     "cifar": Task(
-        *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml", 0.1, ()),
+        *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml", 0.1),
         *(25, 2000),
         {
             "base": Method(BASE, 3),
@@ -129,9 +125,10 @@ def setting(task: str, method: str, seed: int, rate: float | None = None) -> Set
     return Setting(task, method, rate or own.rate, own.batch_size, own.steps, seed)
 
 
-# Minibatches of other sizes, all else being equal.
+# Other noise, all else being equal: (windows in a minibatch, rate).
+NOISES = [(2, 0.005), (8, 0.005), (4, 0.0025)]
 SWEEP = [
-    replace(setting("lstm", method, 0), batch_size=size)
-    for size in (2, 16)
-    for method in ("base", "accumulation (plain)", "late-phase head")
+    replace(setting("lstm", method, 0, rate), batch_size=size)
+    for size, rate in NOISES
+    for method in ("base", "late-phase head")
 ]
