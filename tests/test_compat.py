@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from hf_latephase import LatePhaseConfig, compat
 from hf_latephase.compat import FSDP2_TORCH, TESTED_TRANSFORMERS
+from hf_latephase.training.adapter import TrainerAdapter
 from hf_latephase.training.checkpoints.staging import sort_checkpoints
 from hf_latephase.training.support import check_supported
 from tiny import gpt2, trainer
@@ -66,7 +67,7 @@ def test_fsdp2_is_refused_with_a_torch_whose_updates_differ(monkeypatch) -> None
     )  # fmt: skip
     for release in (FSDP2_TORCH + ".0+cpu", "3.0"):
         monkeypatch.setattr(torch, "__version__", release)
-        check_supported(sharded, LatePhaseConfig())
+        check_supported(TrainerAdapter(sharded), LatePhaseConfig())
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     with pytest.raises(ValueError, match=r"FSDP2 .* needs torch 2\.13 or newer, this is 2\.9\.1.*or use DDP"):
-        check_supported(sharded, LatePhaseConfig())
+        check_supported(TrainerAdapter(sharded), LatePhaseConfig())

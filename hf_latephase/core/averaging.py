@@ -121,10 +121,10 @@ class TimeAverage:
             samples,
             [None] * len(averaged),
             fused=True,
-            found_inf=leaves_out.float(),  # type: ignore[arg-type]
+            found_inf=leaves_out.float(),
             weight_decay=1.0,
             momentum=0.0,
-            lr=weight,  # type: ignore[arg-type]
+            lr=weight,
             dampening=0.0,
             nesterov=False,
             maximize=True,

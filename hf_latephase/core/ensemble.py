@@ -258,4 +258,5 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 def _entropy(log_probs: Tensor) -> Tensor:
     """In nats; a class of probability zero adds nothing."""
-    return torch.special.entr(log_probs.exp()).sum(-1)
+    terms: Tensor = torch.special.entr(log_probs.exp())
+    return terms.sum(-1)

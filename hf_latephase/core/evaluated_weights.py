@@ -47,7 +47,7 @@ class EvaluatedWeights:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copies what it shows now; a copy of the model has no trainer to measure statistics with."""
         copied = type(self)(copy.deepcopy(self._late_phase, memo), copy.deepcopy(self.average, memo), None)
-        copied._statistics = copy.deepcopy(self._statistics, memo)
+        copied._statistics = copy.deepcopy(self._statistics, memo)  # noqa: SLF001  # its own
         return copied
 
     @contextlib.contextmanager

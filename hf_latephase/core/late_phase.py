@@ -71,6 +71,8 @@ class LatePhase:
         self.is_attached = False
         # What saving shows of the model besides the members' average; a trainer sets the average over time.
         self.view: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        # What a trainer does with the members, in one line, once it has begun.
+        self.plan: str | None = None
         self._found = find_targets(model, config)
         self._attachments: list[Attachment] = []
         # The members of a detached model, by their names in the attached one.
@@ -173,7 +175,7 @@ class LatePhase:
 
     def summary(self) -> str:
         """
-        Returns what is replicated, by family and by the rule that chose it, and what it costs.
+        Returns what is replicated, by family and by the rule that chose it, what it costs, and a trainer's plan.
 
         [`~LatePhase.targets`] lists each layer with its rule.
 
@@ -192,7 +194,8 @@ class LatePhase:
         ```
         """
         with self.attached():
-            return summarise(self.model, self._attachments, self._found.frozen, self.num_members)
+            lines = summarise(self.model, self._attachments, self._found.frozen, self.num_members)
+        return lines if self.plan is None else f"{lines}\n{self.plan}"
 
     def is_late_phase(self, parameter_name: str) -> bool:
         """Whether a name in `model.named_parameters()` belongs to a stack `[K, ...]` of members."""

@@ -17,7 +17,8 @@ from .sharding import rows_like
 
 def unwrapped(optimizer: Any) -> Optimizer:
     """Returns the optimizer inside accelerate's wrapper, or one that is not wrapped as it is."""
-    return getattr(optimizer, "optimizer", optimizer)
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def group_apart(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[int]:
@@ -57,7 +58,9 @@ def check_trained(optimizer: Optimizer, stacks: dict[str, nn.Parameter]) -> None
         )
 
 
-def set_decay(optimizer: Optimizer, parameters: Iterable[Tensor], weight_decay: float) -> list[tuple[dict, float]]:
+def set_decay(
+    optimizer: Optimizer, parameters: Iterable[Tensor], weight_decay: float
+) -> list[tuple[dict[str, Any], float]]:
     """Sets the weight decay of the groups, made by [`group_apart`], that hold parameters; returns what they had."""
     own = {id(p) for p in parameters}
     groups = [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]

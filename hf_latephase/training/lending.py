@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import TrainerHooks
@@ -108,11 +107,12 @@ class LendingMixin(TrainerHooks):
                     self.model_wrapped = model  # the wrapper knows the attached model's shapes
 
     def _new_view(self) -> EvaluatedWeights:
-        chosen = self.late_phase_config.batch_norm_statistics
-        of_members = chosen == "recomputed_members"
-        measured = chosen != "running" and self.train_dataset is not None
-        measure = functools.partial(measure_with, self._adapter, self.late_phase, of_members) if measured else None
-        view = EvaluatedWeights(self.late_phase, self.time_average, measure)
+        def measure() -> dict[str, Tensor]:
+            of_members = self.late_phase_config.batch_norm_statistics == "recomputed_members"
+            return measure_with(self._adapter, self.late_phase, of_members)
+
+        is_measured = self.late_phase_config.batch_norm_statistics != "running" and self.train_dataset is not None
+        view = EvaluatedWeights(self.late_phase, self.time_average, measure if is_measured else None)
         self.late_phase.view = view.applied
         return view
 

@@ -157,6 +157,7 @@ class LatePhaseMixin(LendingMixin, SavingMixin, PublishingMixin):
             self.args.gradient_accumulation_steps,
             self._stepping.base_gradient_scale,
         )
+        self.late_phase.plan = plan.text
         self._first_figures = announce(plan, self.state, self.args)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

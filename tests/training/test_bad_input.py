@@ -462,6 +462,7 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None
 def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: str) -> None:
     from types import SimpleNamespace as Stub
 
+    from hf_latephase.training.adapter import TrainerAdapter
     from hf_latephase.training.support import check_supported
 
     state = Stub(fsdp_plugin=Stub(fsdp_version=backend.get("fsdp_version", 2)))
@@ -472,10 +473,10 @@ def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: s
         is_fsdp_enabled=backend.get("is_fsdp_enabled", False),
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        check_supported(fake, LatePhaseConfig())
+        check_supported(TrainerAdapter(fake), LatePhaseConfig())
     fake.is_deepspeed_enabled, fake.args.n_gpu, state.fsdp_plugin.fsdp_version = False, 1, 2
-    check_supported(fake, LatePhaseConfig())
+    check_supported(TrainerAdapter(fake), LatePhaseConfig())
     # Still sharded, if it was.
     if fake.is_fsdp_enabled:
         with pytest.raises(ValueError, match="average_device='cpu': with FSDP.*Leave average_device out"):
-            check_supported(fake, LatePhaseConfig(ema_memory=0.1, average_device="cpu"))
+            check_supported(TrainerAdapter(fake), LatePhaseConfig(ema_memory=0.1, average_device="cpu"))

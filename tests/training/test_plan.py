@@ -115,3 +115,6 @@ def test_the_run_does_what_it_says(tmp_path, caplog: pytest.LogCaptureFixture, a
         r for r in caplog.records if r.levelname == "WARNING" and "the base takes 4 updates instead of 10" in r.message
     ]
     assert len(warned) == (accumulation == 1)
+    *_, cost, plan = run.late_phase.summary().splitlines()
+    assert cost.startswith("3 members: ")
+    assert plan.startswith("Late phase from step 4 of 14 on") and ("instead of 10" in plan) == (accumulation == 1)

@@ -63,13 +63,13 @@ def figures(trainer: ImageTrainer, images: Any) -> list[dict[str, Any]]:
                 model = averaged_one_by_one(trainer, time_averaged)
             else:
                 trainer.late_phase_config.batch_norm_statistics = kind
-                trainer._evaluated.forget()
+                trainer._evaluated.forget()  # noqa: SLF001  # statistics of another kind than the config's
                 model = trainer.averaged_model(time_averaged)
             prediction = combine_predictions([trainer.predict_logits(model.eval(), images)])
             metric = Calibration(keep_in_memory=True)
             metric.add_batch(log_probs=prediction.log_probs.double().numpy(), labels=images.labels.numpy())
             records.append({"statistics": kind, "SWA": time_averaged} | metric.compute())
-        trainer._evaluated.forget()
+        trainer._evaluated.forget()  # noqa: SLF001
     trainer.late_phase_config.batch_norm_statistics = "running"
     return records
 

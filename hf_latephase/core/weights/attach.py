@@ -92,7 +92,7 @@ def attach(model: nn.Module, targets: list[Target], members: Members, by_sample:
             use_effective_weights(module)
         forward = plain_forward(module)
         if family is rank1 and rank1.has_fused_call(module):
-            forward = type(module).forward = rank1.fused_forward  # type: ignore[method-assign]
+            forward = type(module).forward = rank1.fused_forward
         if by_sample:
             recurrent = isinstance(module, RECURRENT_LAYERS)
             _deal_rows(module, forward, recurrent_sample_forward if recurrent else family.sample_forward)
@@ -246,7 +246,7 @@ def _load_plain_values(module: nn.Module) -> None:
     """Has the class that `parametrize` made for this one module load the plain model's tensors, too."""
     plain_class: Any = type(module).__bases__[0]
 
-    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict, *args: Any) -> None:
+    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
         lists: Any = self._modules["parametrizations"]._modules  # type: ignore[union-attr]
         for name, parametrized in lists.items():
             value = state_dict.pop(f"{prefix}{name}", None)
@@ -284,4 +284,4 @@ def _deal_rows(module: nn.Module, member_forward: Callable[..., Any], sample_for
             return member_forward(self, *args, **kwargs)
         return sample_forward(self, *args, **kwargs)
 
-    type(module).forward = forward  # type: ignore[method-assign]
+    type(module).forward = forward

@@ -177,4 +177,4 @@ def _sample_forward(layer: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tens
         momentum=layer.momentum,
         eps=layer.eps,
     )
-    return outputs.unflatten(1, (members.num_members, -1)).transpose(0, 1).flatten(0, 1)
+    return torch.unflatten(outputs, 1, (members.num_members, -1)).transpose(0, 1).flatten(0, 1)

@@ -25,7 +25,11 @@ class GuardedWeight(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Runs an operation on the plain tensor, unless it writes into a guarded one."""
         if args and isinstance(args[0], GuardedWeight) and _writes(func):

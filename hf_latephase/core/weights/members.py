@@ -102,7 +102,7 @@ class Members:
                 f"members, but a layer was called with {rows.shape[0]} rows. Choose a batch size that num_members "
                 "divides, or member_assignment='minibatch'."
             )
-        return rows.unflatten(0, (self.num_members, -1))
+        return torch.unflatten(rows, 0, (self.num_members, -1))
 
     def run_each(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """
@@ -158,7 +158,8 @@ def own_parametrizations(module: nn.Module) -> dict[str, Any]:
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """Returns the call of the class that a module had before `parametrize` gave it one of its own."""
     plain_class: Any = type(module).__bases__[0]
-    return plain_class.forward
+    forward: Callable[..., Any] = plain_class.forward
+    return forward
 
 
 class Fixed:

@@ -63,7 +63,8 @@ def sample_forward(module: nn.Module, rows: Tensor, *args: Any, **kwargs: Any) -
     parametrizations: Any = module.parametrizations
     members, forward = members_of(module), plain_forward(module)
     if forward not in PLAIN_FORWARDS:
-        return members.run_each(functools.partial(forward, module), rows, *args, **kwargs)
+        each: Tensor = members.run_each(functools.partial(forward, module), rows, *args, **kwargs)
+        return each
     dim = 2 if isinstance(module, nn.GroupNorm) else None
     outputs = members.deal(_normalised(module, rows))
     for name in ("weight", "bias"):

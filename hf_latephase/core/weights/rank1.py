@@ -99,6 +99,7 @@ def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
     weight, members = parametrizations.original, parametrizations[0].members
     left, right = parametrizations[0].left, parametrizations[0].right
     dealt, bias = members.deal(rows), layer.bias
+    outputs: Tensor
     forward = plain_forward(module)
     if forward not in PLAIN_FORWARDS:
         return call_each(module, forward, members, (rows,), {})
@@ -106,7 +107,7 @@ def sample_forward(module: nn.Module, rows: Tensor) -> Tensor:
         # Dealt images are [K, B / K, channels, ...]. Each group of channels has the same input factors.
         inputs = right.repeat(1, module.groups)
         scaled = (dealt * members.dealt_view(inputs, dealt, 2)).flatten(0, 1)
-        outputs = members.deal(module._conv_forward(scaled, weight, None))  # type: ignore[operator]
+        outputs = members.deal(module._conv_forward(scaled, weight, None))
         outputs = (outputs * members.dealt_view(left, outputs, 2)).flatten(0, 1)
         return outputs if bias is None else outputs + bias.view(-1, *[1] * (outputs.ndim - 2))
     if isinstance(module, Conv1D):

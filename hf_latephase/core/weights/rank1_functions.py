@@ -16,7 +16,8 @@ def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
     Dimensions that all three begin with are a batch: `[E, n, m]`, `[E, n]` and `[E, m]`.
     """
-    return _Rank1Product.apply(weight, left, right)
+    product: Tensor = _Rank1Product.apply(weight, left, right)
+    return product
 
 
 def rank1_linear(
@@ -34,7 +35,7 @@ def rank1_linear(
     # Views are taken outside: a view that a Function returns could not be changed in place, as some models do. So is
     # the cast that autocast would make inside, where the rows would be kept in both dtypes.
     flat = rows.reshape(-1, rows.shape[-1]).to(_compute_dtype(rows))
-    outputs = _Rank1Linear.apply(flat, weight, left, right, bias, transposed)
+    outputs: Tensor = _Rank1Linear.apply(flat, weight, left, right, bias, transposed)
     return outputs if rows.ndim == 2 else outputs.view(*rows.shape[:-1], outputs.shape[-1])
 
 
@@ -50,7 +51,7 @@ class _Rank1Product(torch.autograd.Function):
     """`weight * left * right` that keeps no weight-sized intermediate for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(weight, left, right)
         return _product(weight, left, right)
 
@@ -69,7 +70,7 @@ class _Rank1Linear(torch.autograd.Function):
     """A linear layer, of rows `[B, m]`, with a rank-1 product for its weight, of which nothing is kept."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, rows: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, transposed: bool
     ) -> Tensor:
         ctx.save_for_backward(rows, weight, left, right)

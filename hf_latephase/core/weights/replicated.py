@@ -65,4 +65,4 @@ def sample_forward(module: nn.Module, rows: Tensor, *args: Any, **kwargs: Any) -
         outputs = outputs + parametrizations.bias.original.unsqueeze(1)
     elif layer.bias is not None:
         outputs = outputs + layer.bias
-    return outputs.unflatten(1, dealt.shape[1:-1]).flatten(0, 1)
+    return torch.unflatten(outputs, 1, dealt.shape[1:-1]).flatten(0, 1)

@@ -167,10 +167,10 @@ def find_output_layer(model: nn.Module) -> str | None:
     """Names the output layer: what transformers calls the output embeddings, else the last linear layer."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     embeddings = get_output_embeddings() if callable(get_output_embeddings) else None
-    linear = None
+    linear: str | None = None
     for name, module in model.named_modules():
         if embeddings is not None and module is embeddings:
-            return name
+            return str(name)
         if isinstance(module, (nn.Linear, Conv1D)):
             linear = name
     return linear
