@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import run_enwik8
 from common.recipe import parse_arguments
 from hf_latephase import LatePhaseConfig
 from regime_settings import RECIPES, SWEEP, TASKS, setting
-from runs import with_table
+from runs import RESULTS_PAGE, difference, with_table
 
 
 TYPES = {
@@ -162,6 +163,34 @@ def test_every_run_that_the_command_makes_is_recorded(name) -> None:
     keys = ("method", "rate", "batch_size", "steps", "seed")
     runs = [tuple(run[key] for key in keys) for run in recorded(name)]
     assert runs == [tuple(getattr(own, key) for key in keys) for own in regime.plan(name)]
+
+
+def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
+    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+    figures, rate = regime_report.Figures.of("lstm"), TASKS["lstm"].rate
+    head, rank1, one, base = "late-phase head", "late-phase rank-1", "one member (rank-1)", "base"
+
+    def test(method: str, averaged: str = "") -> list[float]:
+        return figures.values(method, rate, f"test{averaged}", "bpc")
+
+    def ahead(own: list[float], other: list[float], excludes_zero: bool = True) -> str:
+        mean, width = difference(other, own)
+        assert (mean - width > 0) == excludes_zero
+        return f"{mean:.3f} ± {width:.3f}"
+
+    assert f"output layers are ahead of base**, by {ahead(test(head), test(base))}." in words
+    assert f"rank-1 weights are ahead of their one member**, by {ahead(test(rank1), test(one))}." in words
+    ahead(test(rank1), test(base), excludes_zero=False)
+    cost = statistics.mean(test(one)) - statistics.mean(test(base))
+    assert f"the rank-1 parameters alone cost {cost:.3f}" in words
+    swa = ", SWA"
+    assert f"of the output layer with SWA by {ahead(test(base, swa), test(head, swa))}." in words
+    best = statistics.mean(test(base, swa))
+    late = [method for method in TASKS["lstm"].methods if method.startswith("late-phase")]
+    assert all(best < statistics.mean(test(method, averaged)) for method in late for averaged in ("", swa))
+    accumulation = test("accumulation (plain)")
+    mean, width = difference(accumulation, test(head)[: len(accumulation)])
+    assert abs(mean) < width  # level
 
 
 def test_the_demo_is_what_its_table_is_made_of() -> None:
