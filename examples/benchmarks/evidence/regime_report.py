@@ -264,8 +264,9 @@ def demo() -> str:
     for method, key in DEMO.items():
         own, averaged = (figures.values(key, rate, f"test{which}", "bpc") for which in ("", SWA))
         cells = [spread(own), ahead(late, own), spread(averaged), ahead(late, averaged)]
-        lines.append([f"`{method}`", *cells])
-    header = ["bits per character, on test", "at the end", "late-phase ahead by", "with SWA", "late-phase ahead by"]
+        lines.append([f"`{method}`", *cells, str(len(own))])
+    columns = ("at the end", "late-phase ahead by", "with SWA", "late-phase ahead by", "seeds")
+    header = ["bits per character, on test", *columns]
     return markdown(header, 1, lines)
 
 
