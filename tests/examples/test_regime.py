@@ -188,6 +188,8 @@ def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
     best = statistics.mean(test(base, swa))
     late = [method for method in TASKS["lstm"].methods if method.startswith("late-phase")]
     assert all(best < statistics.mean(test(method, averaged)) for method in late for averaged in ("", swa))
+    guide = " ".join((RESULTS_PAGE.parent / "guide.md").read_text(encoding="utf-8").split())
+    assert f"limits training they gain {difference(test(base), test(head))[0]:.3f} bits, and an average" in guide
     accumulation = test("accumulation (plain)")
     mean, width = difference(accumulation, test(head)[: len(accumulation)])
     assert abs(mean) < width  # level
