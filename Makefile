@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow test-gpu test-newest test-oldest test-window constraints quality style docs dist
+.PHONY: venv demo test test-slow test-gpu test-deepspeed test-newest test-oldest test-window constraints quality style docs dist
 
 venv: $(STAMP)
 
@@ -26,6 +26,17 @@ test-slow: venv
 # On a machine with a GPU.
 test-gpu: venv
 	$(VENV)/bin/python -m pytest tests/training/test_cuda.py
+
+# DeepSpeed, the release that has passed, on two processes without a GPU. In an environment of its own: accelerate and TRL
+# import it wherever they find it, and pip builds it from source.
+.venv-deepspeed/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pip install -c constraints.txt -e ".[test,deepspeed]" \
+		deepspeed==0.19.8
+	touch $@
+
+test-deepspeed: .venv-deepspeed/.installed
+	OMP_NUM_THREADS=1 .venv-deepspeed/bin/python -m pytest -n 0 tests/training/test_deepspeed.py
 
 # The same tests with other releases, each in an environment of its own: whatever pip takes today, the oldest that setup.py
 # admits, some between. Chosen tests only: make test-oldest TESTS="tests/test_config.py tests/training/test_trainer.py"

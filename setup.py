@@ -35,6 +35,8 @@ EXTRAS: dict[str, list[str]] = {
     "examples": ["matplotlib", "pyyaml", "scikit-learn", "scipy"],
     # torchvision imports only beside the torch of its own release: install the two in one command.
     "vision": ["torchvision", "timm", "pillow"],
+    # No wheel: pip builds it. DS_BUILD_OPS=0 spares its kernels, and CPUs need DS_ACCELERATOR=cpu.
+    "deepspeed": ["deepspeed>=0.19.8"],
     "quality": ["ruff", "mypy", "types-PyYAML", "pre-commit"],
     "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]"],
     "dist": ["build", "setuptools>=77", "twine"],
@@ -42,7 +44,8 @@ EXTRAS: dict[str, list[str]] = {
 EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "optuna", "peft", "trl", "nbclient", "ipykernel"]
 EXTRAS["test"] += ["sentence-transformers"]
 EXTRAS["test"] += EXTRAS["examples"] + EXTRAS["vision"] + EXTRAS["dist"] + EXTRAS["docs"]
-EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# Not DeepSpeed, which is built from source and imported by accelerate and TRL wherever it is found.
+EXTRAS["dev"] = sorted({r for name, extra in EXTRAS.items() if name != "deepspeed" for r in extra})
 
 README = Path(__file__).parent / "README.md"
 

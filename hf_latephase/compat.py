@@ -6,7 +6,6 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
@@ -21,6 +20,7 @@ logger = logging.get_logger(__name__)
 RELEASE = Version(transformers.__version__)
 _Trainer: Any = object  # what comes behind in a trainer's bases
 FSDP2_TORCH = "2.13"  # before, updates with FSDP2 differ from those of one process by 3e-8 (seen with 2.7.1 and 2.9.1)
+DEEPSPEED = "0.19.8"  # older ones were never tried
 TESTED_TRANSFORMERS = "5.24"  # the newest that all tests have passed with
 
 
@@ -33,8 +33,8 @@ def warn_of_untested() -> None:
         )
 
 
-# transformers 5.0.
-PreTrainedConfig: Any = getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)
+PreTrainedConfig: Any = getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)  # transformers 5.0
+WARMUP_SHARE = "warmup_steps" if RELEASE.major >= 5 else "warmup_ratio"  # takes a share of the steps. transformers 5.0
 # What models call their memory of the text. transformers 5.24: `cache`.
 STATE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
@@ -51,16 +51,29 @@ LOOP_HAS_HOOKS = hasattr(Trainer, "_run_epoch")
 class _LoopHooks(_Trainer):
     """Calls the hooks of Trainer's newer loop from the older one, which is a single method. transformers 5.3."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if step := vars(cls).get("training_step"):
+
+            def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+                loss = step(self, *args, **kwargs)
+                self._sync_gradients = self.accelerator.sync_gradients
+                return loss
+
+            cls.training_step = training_step
+
     _run_trial: Any = None
     _sync_gradients = True
+    _tr_loss: Any = 0.0  # the loop's sum, a local variable there
+    _is_first_update = True
 
     def _inner_training_loop(self, batch_size: Any = None, args: Any = None, **kwargs: Any) -> Any:
         self.accelerator.clip_grad_norm_ = lambda *_: self._with_own_norm(self._clip_grad_norm)
+        self._tr_loss, self._is_first_update = 0.0, True
         try:
             return super()._inner_training_loop(batch_size, args, **kwargs)
         finally:
             del self.accelerator.clip_grad_norm_
-            self.__dict__.pop("training_step", None)
 
     def _with_own_norm(self, hook: Any) -> Any:
         self.accelerator.gradient_state._set_sync_gradients(self._sync_gradients)  # the loop has set it since
@@ -74,32 +87,17 @@ class _LoopHooks(_Trainer):
         if not self.args.max_grad_norm:
             self._with_own_norm(self._get_grad_norm)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self._sync_gradients = self.accelerator.sync_gradients
-        return loss
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step < self.state.max_steps:
+        if not self._is_first_update or self.state.global_step < self.state.max_steps:
             return super().get_batch_samples(*args, **kwargs)
         self.control.should_training_stop = True
         return [], None
 
-    @property
-    def _tr_loss(self) -> Tensor:
-        return self._loss_since_log
-
-    @_tr_loss.setter
-    def _tr_loss(self, carried: Tensor) -> None:
-        def training_step(*args: Any, **kwargs: Any) -> Tensor:
-            del self.training_step
-            loss = self.training_step(*args, **kwargs)  # first term of the loop's sum, a local variable, zero by now
-            return carried + loss if torch.isfinite(loss) else loss
-
-        self._loss_since_log, self.__dict__["training_step"] = carried, training_step
-
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        self._loss_since_log, self._run_trial = tr_loss, args[2]
+        if self._is_first_update:
+            tr_loss += self._tr_loss  # what a resumed run brings along, into the loop's own tensor
+            self._is_first_update = False
+        self._tr_loss, self._run_trial = tr_loss, args[2]
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -124,12 +122,15 @@ class _PushHook(_Trainer):
 class _LossHook(_Trainer):
     """Divides by the accumulation steps what `compute_loss_func` returns, if told to. transformers 5.19."""
 
-    loss_is_scaled_for_ga: bool | None = None
-    _loss_shifts_labels = False  # Trainer counts all labels
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        self._loss_shifts_labels = False  # Trainer counts all labels
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        is_undivided = self.loss_is_scaled_for_ga is False and self.compute_loss_func is not None
+        # One that cannot be called is TRL's, before its release 1, which divides by itself.
+        is_undivided = self.loss_is_scaled_for_ga is False and callable(self.compute_loss_func)
         return loss / self.current_gradient_accumulation_steps if is_undivided else loss
 
 

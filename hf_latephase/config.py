@@ -81,7 +81,7 @@ class LatePhaseConfig:
             1212.1824](https://arxiv.org/abs/1212.1824)). 0.1 suits runs of any length; 0.5 is the equal average.
             Excludes `swa_start` and `ema_decay`.
         ema_start (`float`, *optional*):
-            When the moving average takes its first sample. `None`: halfway through training. Until then the weights
+            When the moving average takes its first sample. `None`: 0.6, as T0. Until then the weights
             themselves are evaluated and saved: while the loss falls fast, every average is behind them.
         ema_every (`float`, *optional*):
             Steps between two of its samples. `None`: each update.
@@ -161,7 +161,7 @@ class LatePhaseConfig:
         default=None, metadata={"help": "Memory of a moving average, a share of training so far, at most 0.5."}
     )
     ema_start: float | None = field(
-        default=None, metadata={"help": "Start of the moving average: share of all steps, or steps. None: halfway."}
+        default=None, metadata={"help": "Start of the moving average: share of all steps, or steps. None: 0.6."}
     )
     ema_every: float | None = field(
         default=None, metadata={"help": "Steps between samples of the moving average. None: each update."}
@@ -324,7 +324,7 @@ class LatePhaseConfig:
         """
         Returns settings that are recommended for a purpose.
 
-        - `"ema"`: plain training and a moving average, from halfway on, over the last tenth of the steps since
+        - `"ema"`: plain training and a moving average, from 0.6 of training on, over the last tenth of the steps since
           (`docs/averaging.md`).
         - `"swa"`: plain training and the equal average of its last quarter ([arXiv
           1803.05407](https://arxiv.org/abs/1803.05407)).

@@ -1,6 +1,7 @@
 """Keeps tests off the network, quiet and reproducible."""
 
 import os
+from collections.abc import Iterator
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,3 +19,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_settings() -> Iterator[None]:
+    """Older releases of Trainer write torch_compile and bf16 into variables, which the next trainer reads, too."""
+    before = {name for name in os.environ if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in before]:
+        del os.environ[name]

@@ -84,6 +84,9 @@ MADE = {
 }
 CANNOT_RUN = {
     'pip install ".[examples,vision]" torch torchvision': "needs the network; `make` and test_packaging.py install",
+    "accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml your_script.py": (
+        "needs DeepSpeed; test_deepspeed.py launches it where that is installed"
+    ),
 }
 
 
@@ -234,10 +237,10 @@ SNIPPETS: dict[str, Callable[[str, Path], None]] = {
     "LatePhaseConfig(num_members=1, swa_start=0.75)  # SWA: the mean of the last quarter's weights": (
         settings_of_the_controls
     ),
-    'LatePhaseConfig.preset("ema")  # from halfway on, a moving average over the last tenth of the steps since': (
+    'LatePhaseConfig.preset("ema")  # from 0.6 of training on, a moving average over the last tenth since': (
         settings_of_the_controls
     ),
-    'LatePhaseConfig.preset("ema")  # plain training, and a moving average of the weights from halfway on': (
+    'LatePhaseConfig.preset("ema")  # plain training, and a moving average of the weights from 0.6 of it on': (
         settings_of_the_controls
     ),
     "with LatePhase(model, config) as late_phase:": own_loop,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
+from hf_latephase.compat import RELEASE
 from hf_latephase.models import LSTMForCausalLM, LSTMLMConfig
 
 
@@ -102,6 +104,10 @@ MODELS = {"gpt2": gpt2, "llama": llama, "lstm": lstm, "convnet": ConvNet}
 
 # Before transformers 5.19 Trainer divides a causal loss by all labels, the first included, which nothing predicts.
 COUNTS_ALL_LABELS = not hasattr(Trainer, "loss_is_scaled_for_ga")
+
+
+# Before transformers 5.0 Trainer rounds the loss that it logs to four digits.
+LOG_ERROR = 1e-6 if Version("5.0") <= RELEASE else 5e-5
 
 
 class Text(Dataset):

@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_latephase import LatePhaseConfig
+from hf_latephase.compat import WARMUP_SHARE
 
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -107,6 +108,8 @@ def recipe_flags(recipe: dict[str, Any], known: Iterable[str], path: Path) -> li
     for key, value in recipe.items():
         if key not in known:
             raise ValueError(f"Unknown key {key!r} in the recipe {path}. The nearest key is {_nearest(key, known)!r}.")
+        if key == "warmup_steps" and isinstance(value, float):
+            key = WARMUP_SHARE
         if isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif isinstance(value, dict):

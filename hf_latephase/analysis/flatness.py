@@ -208,7 +208,8 @@ def _hessian_vector_product(
             gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
             slope = torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
             products = torch.autograd.grad(slope, leaves, materialize_grads=True)
-        total += share * torch.cat([p.double().flatten().cpu() for p in products]).numpy()
+        # torch 2.6 makes the zeros of weights that the loss does not use part of the graph.
+        total += share * torch.cat([p.detach().double().flatten().cpu() for p in products]).numpy()
     if not np.isfinite(total).all():
         raise ValueError("The loss has no finite curvature here. Check the model and the batches for NaN.")
     return total

@@ -16,7 +16,7 @@ from torch.optim.sgd import sgd
 from transformers.utils import logging
 
 from .points import PointsInTraining
-from .sharding import named_parameters
+from .sharding import Storage, named_parameters
 
 
 logger = logging.get_logger(__name__)
@@ -45,6 +45,8 @@ class TimeAverage:
             `n / (n + 1 / ema_memory - 1)`.
         device (`str`, *optional*):
             Where the average is kept. `None`: beside the weights.
+        storage (`Storage`, *optional*):
+            Where the weights are that training goes on with, if it has others than the model's.
 
     Attributes:
         num_averaged (`int`):
@@ -61,8 +63,10 @@ class TimeAverage:
         ema_decay: float | None = None,
         ema_memory: float | None = None,
         device: str | None = None,
+        storage: Storage | None = None,
     ) -> None:
         self.model = model
+        self._store = storage or Storage()
         self.ema_decay = ema_decay
         self.ema_memory = ema_memory
         self.device = device
@@ -211,7 +215,7 @@ class TimeAverage:
     def _taken(self, tensor: Tensor) -> Tensor:
         """The current value on the average's device, half precision in float32."""
         is_half = tensor.dtype in (torch.float16, torch.bfloat16)
-        return tensor.detach().to(self.device or tensor.device, torch.float32 if is_half else None)
+        return self._store.trained(tensor).to(self.device or tensor.device, torch.float32 if is_half else None)
 
     @functools.cached_property
     def _statistics(self) -> list[str]:

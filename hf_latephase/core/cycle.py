@@ -73,9 +73,9 @@ class Cycle:
         """Whether Trainer's current step ends the cycle; the last step of training ends it with the members it has."""
         return is_last_step or self.step + 1 >= self.steps_per_cycle
 
-    def minibatches(self) -> list[int]:
-        """Returns how many minibatches each member has seen in this cycle, over all processes."""
-        total = self.rounds * self.num_processes
+    def minibatches(self, rounds: int | None = None) -> list[int]:
+        """Returns how many minibatches each member has seen in this cycle, or will have after some rounds of it."""
+        total = (self.rounds if rounds is None else rounds) * self.num_processes
         if self.by_sample:
             return [total] * self.num_members
         whole, rest = divmod(total, self.num_members)
@@ -85,10 +85,10 @@ class Cycle:
         """Returns the members that saw no minibatch."""
         return [member for member, count in enumerate(self.minibatches()) if count == 0]
 
-    def member_factors(self) -> list[float] | None:
+    def member_factors(self, rounds: int | None = None) -> list[float] | None:
         """Returns what makes each row of a stack's gradient a mean over minibatches; `None` if it is one already."""
         nominal = self._minibatches_per_member
-        factors = [nominal / count if count else 0.0 for count in self.minibatches()]
+        factors = [nominal / count if count else 0.0 for count in self.minibatches(rounds)]
         return None if all(factor == 1 for factor in factors) else factors
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import LatePhaseConfig
 from .saving import METHOD, save_as_before, save_stock_models
-from .sharding import gathered, named_parameters, sharded_like
+from .sharding import Storage, named_parameters
 from .summary import summarise
 from .weights import PARAMETRIZATIONS, Attachment, Members, Target, attach, detach, find_targets, fold, write
 from .weights.attach import keep, restore
@@ -71,6 +71,8 @@ class LatePhase:
         self.is_attached = False
         # What saving shows of the model besides the members' average; a trainer sets the average over time.
         self.view: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        # Where the weights are that training goes on with; a trainer may keep others than the model's.
+        self.storage = Storage()
         # What a trainer does with the members, in one line, once it has begun.
         self.plan: str | None = None
         self._found = find_targets(model, config)
@@ -300,7 +302,7 @@ class LatePhase:
         if self.released:
             raise RuntimeError("The members were released before; rejoin() makes them one again.")
         for stack in self.stacks().values():
-            self._set_members(stack, gathered(stack)[:1], generator)
+            self._set_members(stack, self.storage.read(stack)[:1], generator)
         self.share_first_member(list(self.statistics().values()))
         self.members.released = True
 
@@ -311,7 +313,7 @@ class LatePhase:
         # Of these the average is that of the layers' outputs.
         folded = fold(self.model, layers, self.model.state_dict())
         for stack in self.stacks().values():
-            self._set_members(stack, self.members.average(gathered(stack)).unsqueeze(0), None, noise=False)
+            self._set_members(stack, self.members.average(self.storage.read(stack)).unsqueeze(0), None, noise=False)
         write(self.model, layers, folded)
         self.members.released = False
 
@@ -319,7 +321,7 @@ class LatePhase:
     def share_first_member(self, stacks: list[Tensor]) -> None:
         """Writes row 0 of each stack `[K, ...]` into all its rows."""
         for stack in stacks:
-            self._set_members(stack, gathered(stack)[:1], None, noise=False)
+            self._set_members(stack, self.storage.read(stack)[:1], None, noise=False)
 
     def averaged_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """
@@ -362,7 +364,7 @@ class LatePhase:
         spread, size = [], []
         with torch.no_grad():
             for stack in self.stacks().values():
-                values = gathered(stack)
+                values = self.storage.read(stack)
                 mean = self.members.average(values).unsqueeze(0)
                 spread.append((values - mean).square().float().mean(0).sum())
                 size.append(mean.square().float().sum())
@@ -385,7 +387,7 @@ class LatePhase:
             drawn = torch.randn(stack.shape, generator=generator, dtype=torch.float64)
             rms = shared.double().square().mean().sqrt()
             values = (values.double() + self.config.init_noise * rms * drawn.to(rms.device)).to(stack.dtype)
-        stack.copy_(sharded_like(stack, values.clone()))
+        self.storage.write(stack, values.clone())
 
     def _move_members(self) -> None:
         first = next(iter(self.model.parameters()), None)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
-from .sharding import rows_like
-
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """Returns the optimizer inside accelerate's wrapper, or one that is not wrapped as it is."""
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
+    """Returns the optimizer inside accelerate's and DeepSpeed's wrappers, or one that is not wrapped as it is."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # DeepSpeed's, inside accelerate's, is no Optimizer itself.
+    torchs: Optimizer = inner if isinstance(inner, Optimizer) else getattr(inner, "optimizer", inner)
+    return torchs
 
 
 def group_apart(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[int]:
@@ -189,26 +189,25 @@ class FrozenMembers:
         optimizer (`torch.optim.Optimizer`):
             The optimizer about to step.
         stacks (`list[torch.Tensor]`):
-            The members' parameters `[K, ...]`.
-        absent (`list[int]`):
-            The members that stay as they are.
+            The members' parameters `[K, ...]`, or what the optimizer holds in their place.
+        absent (`list[torch.Tensor]`):
+            For each of them a mask that broadcasts: the elements of members that stay as they are.
     """
 
-    def __init__(self, optimizer: Optimizer, stacks: list[Tensor], absent: list[int]) -> None:
+    def __init__(self, optimizer: Optimizer, stacks: list[Tensor], absent: list[Tensor]) -> None:
         self._optimizer = optimizer
         self._stacks = stacks
         self._absent = absent
-        self._kept = [[t.detach().clone() for t in self._rows(stack)] for stack in stacks]
+        self._kept = [[t.detach().clone() for t in self._state(stack)] for stack in stacks]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes the rows back. State that the step created starts at zero, as for a member that never stepped."""
-        for stack, kept in zip(self._stacks, self._kept, strict=True):
-            absent = rows_like(stack, [float(member in self._absent) for member in range(stack.shape[0])]).bool()
-            for index, tensor in enumerate(self._rows(stack)):
+        for stack, kept, absent in zip(self._stacks, self._kept, self._absent, strict=True):
+            for index, tensor in enumerate(self._state(stack)):
                 before = kept[index] if index < len(kept) else torch.zeros_like(tensor)
                 tensor.copy_(torch.where(absent, before, tensor))
 
-    def _rows(self, stack: Tensor) -> list[Tensor]:
+    def _state(self, stack: Tensor) -> list[Tensor]:
         state = self._optimizer.state.get(stack, {})
         return [stack, *(t for t in state.values() if isinstance(t, Tensor) and t.shape == stack.shape)]

@@ -9,7 +9,7 @@ from ..config import LatePhaseConfig
 
 
 # Before, the loss falls so fast that every average is behind the weights that it averages (docs/averaging.md).
-DEFAULT_EMA_START = 0.5
+DEFAULT_EMA_START = 0.6
 
 
 def steps_at(point: float, max_steps: int) -> int:

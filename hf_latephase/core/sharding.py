@@ -1,4 +1,4 @@
-"""What differs once FSDP2 has made the parameters shards (`DTensor`)."""
+"""What differs once parameters are shards: FSDP2's (`DTensor`), or those of an engine with weights of its own."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return distribute_tensor(value.contiguous(), parameter.device_mesh, parameter.placements)
     return value
+
+
+class Storage:
+    """Where the weights are that training goes on with: in the model's own tensors."""
+
+    def trained(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor as it is trained, a shard as a shard; all processes must call it."""
+        return tensor.detach()
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Returns the whole of a tensor as it is trained; all processes must call it."""
+        return gathered(self.trained(tensor))
+
+    def write(self, tensor: Tensor, value: Tensor) -> None:
+        """Gives a tensor another whole value, from which training goes on; all processes must call it."""
+        tensor.copy_(sharded_like(tensor, value))
 
 
 def rows_like(stack: Tensor, values: list[float]) -> Tensor:

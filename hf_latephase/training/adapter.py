@@ -57,7 +57,7 @@ class TrainerAdapter:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Its optimizer, without what accelerate has wrapped around it."""
+        """Its optimizer, without what accelerate and DeepSpeed's engine have wrapped around it."""
         return unwrapped(self._trainer.optimizer)
 
     @property
@@ -87,6 +87,17 @@ class TrainerAdapter:
     def is_deepspeed_enabled(self) -> bool:
         """Whether DeepSpeed trains."""
         return bool(self._trainer.is_deepspeed_enabled)
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine, once training has begun."""
+        return self._trainer.deepspeed
+
+    @property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """DeepSpeed's settings."""
+        config: dict[str, Any] = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        return config
 
     @property
     def is_fsdp_enabled(self) -> bool:

@@ -22,6 +22,7 @@ from .monitor import MemberMonitor
 from .stepping import Stepping
 from .support import check_adapter, check_callbacks
 from .training_statistics import measure_with
+from .zero import EngineStepping, MasterWeights, leave_engine, mark_groups
 
 
 class LendingMixin(TrainerHooks):
@@ -49,10 +50,14 @@ class LendingMixin(TrainerHooks):
         self.time_average = None
         self._evaluated = EvaluatedWeights(self.late_phase, None, None)
         self._member_evaluation = MemberEvaluation(self.late_phase)
-        self._state_keeper = StateKeeper(self.late_phase, self.is_fsdp_enabled)
+        has_engine = self.is_deepspeed_enabled
+        self._state_keeper = StateKeeper(self.late_phase, self.is_fsdp_enabled or has_engine, has_engine)
         by_sample = self.late_phase_config.member_assignment == "sample"
         self._monitor = MemberMonitor(self.late_phase, self._adapter, by_sample)
-        self._stepping = Stepping(self.late_phase, self.late_phase_config, self._adapter, self._monitor)
+        stepping = EngineStepping if has_engine else Stepping
+        self._stepping = stepping(self.late_phase, self.late_phase_config, self._adapter, self._monitor)
+        if has_engine:
+            self.late_phase.storage = MasterWeights()
 
     def _attach(self) -> None:
         """Puts the members on the model, unless they are there, and into its optimizer."""
@@ -66,6 +71,8 @@ class LendingMixin(TrainerHooks):
         self._plain_size: int | None = None if count is None else count(exclude_embeddings=True)
         # Groups are made on the stock model, whose names, types and shapes they go by.
         self._decaying = set(super().get_decay_parameter_names(self.model))
+        if self.is_deepspeed_enabled:  # those of an earlier training are its engine's
+            self.optimizer, self.model_wrapped = None, self.model
         before = self.optimizer
         try:
             if before is None and not self.is_fsdp_enabled:
@@ -81,11 +88,19 @@ class LendingMixin(TrainerHooks):
         self.late_phase.rest()
 
     def _join(self, optimizer: torch.optim.Optimizer) -> None:
-        apart = self.late_phase_config.member_weight_decay is not None
+        apart = self.is_deepspeed_enabled or self.late_phase_config.member_weight_decay is not None
         self._groups = MemberGroups(optimizer, self.lr_scheduler, self.late_phase, apart)
+        if self.is_deepspeed_enabled:
+            mark_groups(optimizer, self.late_phase.late_parameters())
         self._check_optimizer(optimizer)
-        # A method of the user's may not look whether there is one.
-        self.__dict__["create_optimizer"] = lambda *args, **kwargs: self.optimizer
+        # A method of the user's may not look whether there is one, and DeepSpeed has Trainer forget it.
+        joined = self.optimizer
+
+        def create_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            self.optimizer = self.optimizer or joined
+            return self.optimizer  # type: ignore[no-any-return]
+
+        self.__dict__["create_optimizer"] = create_optimizer
 
     def _give_back(self, interrupted: bool) -> None:
         """Makes the model the stock model that is evaluated and saved."""
@@ -99,12 +114,22 @@ class LendingMixin(TrainerHooks):
             self._evaluated.settle(measures=not interrupted)
         finally:
             if not self.is_fsdp_enabled:  # its shards are those of the attached model
-                if self._groups is not None:
+                if self.is_deepspeed_enabled:
+                    self._leave_engine()
+                elif self._groups is not None:
                     self._groups.leave()
                 self._groups = None
                 model = self.late_phase.detach()
                 if isinstance(self.model_wrapped, DistributedDataParallel):
                     self.model_wrapped = model  # the wrapper knows the attached model's shapes
+
+    def _leave_engine(self) -> None:
+        """Has the engine let go of the model. The optimizer, whose tensors are the engine's, is not used again."""
+        assert isinstance(self._stepping, EngineStepping) and isinstance(self.late_phase.storage, MasterWeights)
+        self._stepping.end_training()
+        self.late_phase.storage.is_linked = False
+        if self._adapter.engine is not None:
+            leave_engine(self._adapter.engine)
 
     def _new_view(self) -> EvaluatedWeights:
         def measure() -> dict[str, Tensor]:
@@ -120,7 +145,8 @@ class LendingMixin(TrainerHooks):
         config = self.late_phase_config
         if not config.averages_over_time:
             return None
-        return TimeAverage(self.late_phase.model, config.ema_decay, config.ema_memory, config.average_device)
+        model, device = self.late_phase.model, config.average_device
+        return TimeAverage(model, config.ema_decay, config.ema_memory, device, self.late_phase.storage)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names the parameters that decay: those of the plain model, replicated or not. Rank-1 factors never do."""

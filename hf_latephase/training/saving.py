@@ -119,6 +119,12 @@ class SavingMixin(TrainerHooks):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._state_keeper.load(saved, self.time_average)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_deepspeed_enabled and checkpoint is not None:  # its engine has loaded the weights by now
+            saved = self._state_keeper.read(checkpoint, self._stepping.new_cycle())
+            self._state_keeper.load(saved, self.time_average)
+
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
         if folder is None or not os.path.isdir(folder) or not has_state(folder):
@@ -130,7 +136,7 @@ class SavingMixin(TrainerHooks):
                 self.time_average.num_averaged = 0
             return
         logger.info(f"Loading best model from {folder} (score: {self.state.best_metric}).")
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         self._evaluated.forget()
         self._state_keeper.load(self._state_keeper.read(folder), self.time_average)

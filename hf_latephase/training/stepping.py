@@ -53,6 +53,8 @@ class Stepping:
     """
 
     cycle: Cycle
+    # By what the gradients are divided while a cycle collects them, to begin with.
+    _members_in_mean = 1
 
     def __init__(
         self, late_phase: LatePhase, config: LatePhaseConfig, trainer: TrainerAdapter, monitor: MemberMonitor
@@ -139,14 +141,19 @@ class Stepping:
         late_phase.release(torch.Generator().manual_seed(trainer.args.seed))
         decay = self._config.member_weight_decay
         if decay is not None:
-            self._decays_before = set_decay(trainer.optimizer, self._late.values(), decay)
+            self._decays_before = set_decay(trainer.optimizer, self._in_optimizer(self._late), decay)
         if late_phase.num_members == 1:
             return
         logger.info(f"Late phase begins at step {trainer.state.global_step}.\n{late_phase.summary()}")
-        start_afresh(trainer.optimizer, self._stacks.values())  # the members' optimizers, as in the reference code
+        # The members' optimizers, as in the reference code.
+        start_afresh(trainer.optimizer, self._in_optimizer(self._stacks))
         if average is not None and average.num_averaged:
             names = [name for name in average.values if late_phase.is_late_phase(name)]
             late_phase.share_first_member([average.values[name] for name in names])
+
+    def _in_optimizer(self, late: dict[str, nn.Parameter]) -> list[Tensor]:
+        """What the optimizer holds in the place of late-phase weights."""
+        return list(late.values())
 
     def rejoin(self) -> None:
         """Undoes a release, for training that begins anew with the same model and optimizer."""
@@ -199,7 +206,7 @@ class Stepping:
         self._statistics.count(None if cycle.by_sample else member)
         # A step of the parent's gives each minibatch one part in `steps` of the gradient, a cycle 1 / loss_divisor.
         steps = trainer.accumulation_steps
-        weighed = self._weighed_gradients(steps / cycle.loss_divisor)
+        weighed = self._weighed_gradients(steps / cycle.loss_divisor / self._members_in_mean)
         with self._synchronised_once_a_cycle(model), trainer.own_mean(), weighed:
             loss = training_step(model, inputs, trainer.own_items(inputs, num_items_in_batch))
         if cycle.rounds == 1 and trainer.has_cuda_graphs:
@@ -274,7 +281,10 @@ class Stepping:
             torch._foreach_mul_(gradients, self.base_gradient_scale)
         absent = self.cycle.absent() if self.in_cycles else []
         if absent:
-            self._frozen = FrozenMembers(self._trainer.optimizer, list(self._stacks.values()), absent)
+            stacks: list[Tensor] = list(self._stacks.values())
+            rows = [float(member in absent) for member in range(self._late_phase.num_members)]
+            masks = [rows_like(stack, rows).bool() for stack in stacks]
+            self._frozen = FrozenMembers(self._trainer.optimizer, stacks, masks)
 
     def after_optimizer(self) -> None:
         """Ends the cycle, or holds its gradients until the next step."""

@@ -15,6 +15,7 @@ from ..core.points import resolve_points
 from ..core.weights import find_targets
 from ..core.weights.targets import attached_families
 from .adapter import TrainerAdapter
+from .zero_support import check_deepspeed
 
 
 # Callbacks that go through the model's parameters one by one.
@@ -33,15 +34,9 @@ def check_supported(trainer: TrainerAdapter, config: LatePhaseConfig) -> None:
     """
     args = trainer.args
     if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "DeepSpeed steps its own copy of the weights inside its engine, where members cannot be held back until "
-            "their cycle ends. Use DDP, or FSDP2 (`fsdp_version: 2` in the accelerate config) for sharding."
-        )
+        check_deepspeed(trainer, config)
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-        raise ValueError(
-            "FSDP1 flattens parameters, which hides the stacked members. Use FSDP2: `fsdp_version: 2` in the "
-            "accelerate config."
-        )
+        raise ValueError(_fsdp1_refusal(trainer))
     if trainer.is_fsdp_enabled and Version(torch.__version__).release < Version(FSDP2_TORCH).release:
         raise ValueError(
             f"FSDP2 with late-phase weights needs torch {FSDP2_TORCH} or newer, this is {torch.__version__}, whose "
@@ -67,6 +62,21 @@ def check_supported(trainer: TrainerAdapter, config: LatePhaseConfig) -> None:
     check_callbacks(trainer.callbacks, config)
     if config.member_assignment == "sample":
         _check_rows(trainer, config)
+
+
+def _fsdp1_refusal(trainer: TrainerAdapter) -> str:
+    strategy = str(getattr(trainer.accelerator.state.fsdp_plugin, "sharding_strategy", ""))
+    reshards = "false" if "SHARD_GRAD_OP" in strategy or "ZERO2" in strategy or "NO_SHARD" in strategy else "true"
+    return (
+        "FSDP1 flattens parameters, which hides the stacked members. Use FSDP2. In the accelerate config, under "
+        "`fsdp_config`, add or change\n"
+        "  fsdp_version: 2\n"
+        f"  fsdp_reshard_after_forward: {reshards}\n"
+        "and take out\n"
+        "  fsdp_sharding_strategy, fsdp_use_orig_params, fsdp_sync_module_states, fsdp_backward_prefetch, "
+        "fsdp_forward_prefetch\n"
+        "which FSDP2 does not have. `accelerate to-fsdp2 --config_file old.yaml --output_file new.yaml` does the same."
+    )
 
 
 def check_callbacks(callbacks: list[TrainerCallback], config: LatePhaseConfig) -> None:

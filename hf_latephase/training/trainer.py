@@ -29,6 +29,7 @@ from .raw_evaluation import tell_which_was_better, with_suffix
 from .saving import SavingMixin
 from .support import check_supported
 from .training_statistics import generators_kept
+from .zero import MasterWeights
 
 
 logger = logging.get_logger(__name__)
@@ -135,11 +136,14 @@ class LatePhaseMixin(LendingMixin, SavingMixin, PublishingMixin):
     def _begin_training(self) -> None:
         """Resolves the points in training and refuses those that lie outside of it, before the first step."""
         self._points = resolve_points(self.late_phase_config, self.state.max_steps)
+        if isinstance(self.late_phase.storage, MasterWeights):
+            self.late_phase.storage.is_linked = True
         self._stepping.begin_training()
         self._average_schedule = AverageSchedule(self._points, self.state.global_step)
         self._monitor.reset()
         self._evaluated.forget()
-        check_trained(unwrapped(self.optimizer), self.late_phase.stacks())
+        if not self.is_deepspeed_enabled:  # whose engine has put its own tensors in their place
+            check_trained(unwrapped(self.optimizer), self.late_phase.stacks())
         position = self._state_keeper.resume(self.state.global_step, self.args.device)
         if position is not None:
             self._go_on_from(position)

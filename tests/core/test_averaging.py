@@ -265,7 +265,7 @@ def test_points_of_a_moving_average() -> None:
         resolve_points(LatePhaseConfig(num_members=1, ema_decay=0.9, ema_start=99), 30)
     # One member has no late phase, unless it accumulates from T0 on.
     assert resolve_points(LatePhaseConfig(num_members=1, ema_decay=0.9), 1).average_start == 1
-    assert resolve_points(LatePhaseConfig(num_members=1, ema_memory=0.1), 41).average_start == 21
+    assert resolve_points(LatePhaseConfig(num_members=1, ema_memory=0.1), 41).average_start == 25
     with pytest.raises(ValueError, match="the late phase would never begin"):
         resolve_points(LatePhaseConfig(num_members=1, ema_decay=0.9, cycle_length=3), 1)
 

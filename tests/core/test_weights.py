@@ -673,3 +673,21 @@ def test_a_parametrization_on_top_is_not_passed_over(family: str) -> None:
     alone = model[0].weight.clone()
     torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Doubled())
     assert torch.equal(model[0].weight, 2 * alone)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_a_recurrent_layer_computes_its_weights_once_a_call(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own call reads its list of weights twice."""
+    from hf_latephase.core.weights import recurrent
+
+    counted: list[int] = []
+    products = recurrent.rank1_products
+    monkeypatch.setattr(recurrent, "rank1_products", lambda given: counted.append(len(given)) or products(given))
+    model = torch.nn.Sequential(kind(3, 4, num_layers=2))
+    late_phase = LatePhase(model, LatePhaseConfig(num_members=2, weights=["rank1"], target_modules=["0"]))
+    late_phase.activate(1)
+    model(torch.ones(5, 2, 3))
+    assert counted == [4]
+    assert len(model[0]._flat_weights) == 8 and counted == [4, 4]  # whoever else reads them gets them anew
+    late_phase.detach()
+    assert not [name for name in vars(model[0]) if name.startswith("_latephase")]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
-from tiny import arguments
+from tiny import COUNTS_ALL_LABELS, arguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -78,4 +78,7 @@ def test_the_loop_equals_the_trainer(tmp_path: Path, K: int, start: int) -> None
 def _endless(rows: torch.Tensor, count: int) -> list[dict[str, torch.Tensor]]:
     """The rows in the order in which the loop sees them: whole minibatches of four, again and again."""
     whole = rows[: len(rows) // 4 * 4]
-    return [{"input_ids": whole[i % len(whole)], "labels": whole[i % len(whole)]} for i in range(count)]
+    labels = whole.clone()
+    if COUNTS_ALL_LABELS:
+        labels[:, 0] = -100
+    return [{"input_ids": whole[i % len(whole)], "labels": labels[i % len(whole)]} for i in range(count)]

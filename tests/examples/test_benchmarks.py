@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import averages as averages_benchmark
 import flatness
 import image_classifiers
 import language_models
@@ -43,6 +44,19 @@ def test_tables_are_made_from_the_figures(name: str) -> None:
     assert page == with_table(page, name, table)
     # A figure that is not the runs' would show.
     assert page != with_table(page, name, table.replace("2", "3", 1))
+
+
+def test_the_default_average_is_never_far_behind_the_raw_weights() -> None:
+    records = figures(averages_benchmark)
+    table, page = averages_benchmark.table(records), averages_benchmark.DOCS.read_text(encoding="utf-8")
+    assert page == with_table(page, "averages", table)
+    runs_of = {(record["model"], record["steps"]) for record in records}
+    assert runs_of == {(name, steps) for name in averages_benchmark.MODELS for steps in (200, 500, 2000)}
+    worst = {"bits": 0.01, "points": 0.3}
+    rows = averages_benchmark.rows_of(records)
+    assert len(rows) == 9
+    for title, _, _, _, lag in rows:
+        assert float(lag.split()[0]) <= next(limit for unit, limit in worst.items() if unit in title)
 
 
 @pytest.mark.parametrize(("name", "device"), [("speed", "cpu"), ("speed_cuda", "cuda")])

@@ -46,10 +46,29 @@ def load_coverage() -> ModuleType:
 coverage = load_coverage()
 
 
+# Older releases whose stock class is missing, cannot be trained or is reloaded with other logits.
+STOCK_FAILS = {
+    "causal-lm/qwen3_next": ["4.56"], "causal-lm/apertus": ["4.56", "5.0"], "image/convnext": ["4.56"],
+    "causal-lm/recurrent_gemma": ["5.0"],
+}  # fmt: skip
+RELEASE = Version(transformers.__version__)
+
+
+def reload_problem(folder: Path) -> str:
+    try:
+        return stock_reload.problem(folder)
+    except NotImplementedError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("name", SUBSET)
 def test_an_architecture(name: str, tmp_path: Path) -> None:
     kind, _, architecture = name.partition("/")
     rows = list(examine(kind, architecture, tmp_path, ["rank1+norm", "head"]))
+    if f"{RELEASE.major}.{RELEASE.minor}" in STOCK_FAILS.get(name, ()):
+        cause = rows[0].cause or reload_problem(tmp_path / rows[0].folder)
+        assert cause
+        pytest.skip(f"The stock class of transformers {RELEASE} fails: {cause}")
     assert [row.family for row in rows] == ["stock", "rank1+norm", "head"], rows[0].cause
     for row in rows:
         assert row.result in ("saved", "no layer"), row
@@ -172,8 +191,11 @@ def test_the_report_names_all_that_does_not_pass() -> None:
 
 def test_all_of_transformers_is_listed() -> None:
     names = coverage.architectures()
-    assert len(names) == len({*names}) and {*SUBSET} <= {*names}
-    mapped = 189 if Version(transformers.__version__) >= Version("5.23") else 170  # 5.19: 178
+    assert len(names) == len({*names})
+    absent = {"causal-lm/qwen3_next"} if Version("4.57") > RELEASE else set()
+    assert {*SUBSET} - {*names} == absent
+    mapped = {"5.23": 189, "5.19": 170, "5.0": 142, "4.56": 132}
+    mapped = next(count for release, count in mapped.items() if Version(release) <= RELEASE)
     assert sum(name.startswith("causal-lm/") for name in names) >= mapped
     assert {name.partition("/")[0] for name in names} == {*coverage.TITLES}
 

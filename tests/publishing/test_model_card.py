@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import peft
 import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, HfApi, ModelCard, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from packaging.version import Version
 from transformers import ByT5Tokenizer, Trainer, TrainingArguments
 
 import run_enwik8
@@ -70,7 +69,7 @@ def check_valid(card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        if Version(huggingface_hub.__version__) < Version("1"):  # its validate() asks a fixed address
+        if "https://huggingface.co" in inspect.getsource(ModelCard.validate):  # some releases ask a fixed address
             HfApi(endpoint=hub.url)._validate_yaml(str(card))
         else:
             card.validate()

@@ -455,28 +455,102 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("backend", "message"), [
-    ({"is_deepspeed_enabled": True}, r"DeepSpeed.*FSDP2"),
-    ({"is_fsdp_enabled": True, "fsdp_version": 1}, r"FSDP1.*fsdp_version: 2"),
+    ({"is_fsdp_enabled": True, "fsdp_version": 1}, r"FSDP1(.|\n)*\n  fsdp_version: 2\n(.|\n)*accelerate to-fsdp2"),
     ({"n_gpu": 2}, r"DataParallel.*torchrun"),
-], ids=["deepspeed", "fsdp1", "dataparallel"])  # fmt: skip
-def test_backends_that_cannot_hold_members_are_refused(backend: dict, message: str) -> None:
+], ids=["fsdp1", "dataparallel"])  # fmt: skip
+def test_backends_that_cannot_hold_members_are_refused(
+    backend: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from types import SimpleNamespace as Stub
 
+    from hf_latephase.training import support
     from hf_latephase.training.adapter import TrainerAdapter
     from hf_latephase.training.support import check_supported
 
+    monkeypatch.setattr(support, "FSDP2_TORCH", "2.6")  # what else is said of FSDP2, whichever torch is installed
     state = Stub(fsdp_plugin=Stub(fsdp_version=backend.get("fsdp_version", 2)))
     fake = Stub(
         args=Stub(n_gpu=backend.get("n_gpu", 1), max_steps=-1), callback_handler=Stub(callbacks=[]),
         accelerator=Stub(state=state),
-        is_deepspeed_enabled=backend.get("is_deepspeed_enabled", False),
-        is_fsdp_enabled=backend.get("is_fsdp_enabled", False),
+        is_deepspeed_enabled=False, is_fsdp_enabled=backend.get("is_fsdp_enabled", False),
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         check_supported(TrainerAdapter(fake), LatePhaseConfig())
-    fake.is_deepspeed_enabled, fake.args.n_gpu, state.fsdp_plugin.fsdp_version = False, 1, 2
+    fake.args.n_gpu, state.fsdp_plugin.fsdp_version = 1, 2
     check_supported(TrainerAdapter(fake), LatePhaseConfig())
     # Still sharded, if it was.
     if fake.is_fsdp_enabled:
         with pytest.raises(ValueError, match="average_device='cpu': with FSDP.*Leave average_device out"):
             check_supported(TrainerAdapter(fake), LatePhaseConfig(ema_memory=0.1, average_device="cpu"))
+
+
+@pytest.mark.parametrize(("strategy", "reshards"), [("FULL_SHARD", "true"), ("SHARD_GRAD_OP", "false")])
+def test_the_lines_that_make_fsdp1_fsdp2_are_those_of_accelerate(strategy: str, reshards: str) -> None:
+    from types import SimpleNamespace as Stub
+
+    from accelerate.commands.to_fsdp2 import convert_config_to_fsdp2
+    from torch.distributed.fsdp import ShardingStrategy
+
+    from hf_latephase.training.adapter import TrainerAdapter
+    from hf_latephase.training.support import check_supported
+
+    plugin = Stub(fsdp_version=1, sharding_strategy=ShardingStrategy[strategy])
+    fake = Stub(args=Stub(), accelerator=Stub(state=Stub(fsdp_plugin=plugin)))
+    fake.is_deepspeed_enabled, fake.is_fsdp_enabled = False, True
+    with pytest.raises(ValueError, match=f"fsdp_reshard_after_forward: {reshards}") as refusal:
+        check_supported(TrainerAdapter(fake), LatePhaseConfig())
+    old = {
+        "fsdp_sharding_strategy": strategy, "fsdp_use_orig_params": True, "fsdp_sync_module_states": True,
+        "fsdp_backward_prefetch": "BACKWARD_PRE", "fsdp_forward_prefetch": False,
+    }  # fmt: skip
+    new = convert_config_to_fsdp2({"fsdp_config": dict(old)})["fsdp_config"]
+    assert new == {"fsdp_version": 2, "fsdp_reshard_after_forward": reshards == "true"}
+    assert all(name in str(refusal.value) for name in old), "what it takes out"
+
+
+SHARED = {"num_members": 4, "weights": ["norm"]}
+
+
+@pytest.mark.parametrize(("settings", "config", "steps", "message"), [
+    ({"zero_optimization": {"stage": 3}}, SHARED, 2, r"ZeRO-3.*ZeRO-2.*FSDP2"),
+    ({}, SHARED, 2, r"without ZeRO.*DDP"),
+    ({}, SHARED, 1, r"without ZeRO"),
+    ({"zero_optimization": {"stage": 2}}, SHARED, 1, r"4 minibatches .*steps=1 on 2 .* Set .*_steps=2, or use DDP"),
+    ({"zero_optimization": {"stage": 1}}, SHARED | {"cycle_length": 8}, 3, r"Set gradient_accumulation_steps=4, or"),
+    ({"zero_optimization": {"stage": 2}}, {"num_members": 3, "weights": ["norm"]}, 2, r"_steps=3, or"),
+    ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lamb"}}, SHARED, 2, r"Lamb.*Take `optimizer` out"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, SHARED, 2, r"zero_force_ds_cpu_op"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, SHARED, 2, r"'nvme'.*Use 'cpu'"),
+    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, SHARED, 2, r"round_robin_gradients.*false"),
+    ({"zero_optimization": {"stage": 2, "zenflow": {}}}, SHARED, 2, None),
+    ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, SHARED, 2, r"zenflow"),
+    ({"zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}}, SHARED, 2, r"autotp_size"),
+    ({"zero_optimization": {"stage": 2}, "compression_training": {"a": 1}}, SHARED, 2, r"compression_training"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, SHARED, 2, None),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False},
+     SHARED, 2, None),
+    ({"zero_optimization": {"stage": 1}}, SHARED | {"member_assignment": "sample"}, 1, None),
+])  # fmt: skip
+def test_what_deepspeed_cannot_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: dict, config: dict, steps: int, message: str | None
+) -> None:
+    """Here without DeepSpeed; test_deepspeed.py has real trainers."""
+    from types import SimpleNamespace as Stub
+
+    from hf_latephase.training import zero_support
+
+    monkeypatch.setattr(zero_support, "version", lambda name: "0.19.8")
+    monkeypatch.setattr(zero_support, "LOOP_HAS_HOOKS", True)
+    args = Stub(gradient_accumulation_steps=steps, auto_find_batch_size=False)
+    fake: Any = Stub(args=args, deepspeed_config=settings, accelerator=Stub(num_processes=2))
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            zero_support.check_deepspeed(fake, LatePhaseConfig(**config))
+        return
+    zero_support.check_deepspeed(fake, LatePhaseConfig(**config))
+    args.auto_find_batch_size = True
+    with pytest.raises(ValueError, match="auto_find_batch_size.*per_device_train_batch_size"):
+        zero_support.check_deepspeed(fake, LatePhaseConfig(**config))
+    monkeypatch.setattr(zero_support, "version", lambda name: "0.18.0")
+    with pytest.raises(ValueError, match=r"deepspeed 0\.19\.8.* 0\.18\.0"):
+        zero_support.check_deepspeed(fake, LatePhaseConfig(**config))

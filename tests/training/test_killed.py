@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("killed_run.py")
 def test_a_killed_run_ends_as_if_nothing_had_been(kills: int) -> None:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*map(str, SCRIPT.parents[1:3]), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, str(SCRIPT), "--kills", str(kills)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -71,7 +71,7 @@ def test_the_accumulation_that_is_named_keeps_all_updates(
 @pytest.mark.parametrize(("settings", "saved"), [
     ({}, "the weights as they are"),
     ({"ema_decay": 0.999},
-     "a moving average over time (ema_decay=0.999, ramped) of the weights, from step 500 on, taken after each update"),
+     "a moving average over time (ema_decay=0.999, ramped) of the weights, from step 600 on, taken after each update"),
     ({"ema_memory": 0.1, "ema_start": 0, "ema_every": 10},
      "a moving average over time (ema_memory=0.1) of the weights, from step 1 on, taken every 10 steps"),
     ({"swa_start": 0.75},

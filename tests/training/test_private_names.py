@@ -37,6 +37,7 @@ OVERRIDDEN = {
     "_save_optimizer_and_scheduler": "the members would be missing from checkpoints",
     "_save": "the members' parametrizations would be saved in place of a stock model",
     "_load_from_checkpoint": "a resumed run would begin with fresh members",
+    "_load_optimizer_and_scheduler": "a run resumed with DeepSpeed would begin with fresh members",
     "_load_best_model": "the best model's members would not be loaded",
     "_finalize_training": "checkpoints that save_total_limit=1 leaves over would be deleted in place",
     "_push_from_checkpoint": "what is uploaded while training would lack the card and the model's code",

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 
 from hf_latephase import LatePhaseConfig, LatePhaseTrainer
+from hf_latephase.compat import LOOP_HAS_HOOKS
 from test_trainer_behaviours import OutOfMemory, Ragged, Stream, pad
 from tiny import CHECKPOINTING, MODELS, Text, gpt2, llama, trainer
 
@@ -91,7 +92,7 @@ def test_bf16_autocast(tmp_path, name: str, assignment: str) -> None:
     reloaded.load_state_dict(stock.state_dict())
     assert torch.equal(stock(ids).logits, reloaded(ids).logits)
     assert losses(half) == pytest.approx(losses(exact), rel=0.02)
-    assert losses(half) != losses(exact)
+    assert any(not torch.equal(value, weights_of(exact)[key]) for key, value in weights_of(half).items())
     torch.manual_seed(1)
     resumed = trainer(tmp_path / "resumed", MODELS[name](), late, bf16=True, logging_steps=1, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "bf16" / "checkpoint-6"))
@@ -145,13 +146,15 @@ class Changes(TrainerCallback):
 class Scaled(Overflowing):
     """Trains with a gradient scaler, as fp16 on a GPU does."""
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
-        result = super()._prepare_for_training(*args, **kwargs)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _begin_training(self) -> None:
         # After the model was prepared, so that it goes on computing in float32.
         self.accelerator.__class__ = Half
         self.accelerator.native_amp = True
-        return result
+        super()._begin_training()
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
@@ -169,7 +172,8 @@ def test_a_gradient_scaler_changes_nothing(tmp_path, max_grad_norm: float, accum
     assert_close(plain, scaled, 1e-6)
     assert losses(plain) == pytest.approx(losses(scaled), abs=1e-6)
     norms = [[log["grad_norm"] for log in run.state.log_history if "grad_norm" in log] for run in (plain, scaled)]
-    assert norms[0] == pytest.approx(norms[1], abs=1e-5) and norms[0]
+    assert norms[0] == pytest.approx(norms[1], abs=1e-5)
+    assert bool(norms[0]) == bool(max_grad_norm or LOOP_HAS_HOOKS)  # else Trainer logs none
 
 
 def test_an_overflow_skips_the_whole_cycle(tmp_path) -> None:

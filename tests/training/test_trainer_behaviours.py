@@ -17,23 +17,27 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import (
+    AutoTokenizer,
     EarlyStoppingCallback,
     GPT2LMHeadModel,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerState,
+    default_data_collator,
 )
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from hf_latephase import LatePhaseConfig, LatePhaseTrainer
-from hf_latephase.compat import PreTrainedConfig
-from tiny import VOCAB, Text, arguments, gpt2
+from hf_latephase import LatePhaseConfig, LatePhaseTrainer, compat
+from hf_latephase.compat import RELEASE, WARMUP_SHARE, PreTrainedConfig
+from test_other_trainers import tokenizer
+from tiny import LOG_ERROR, VOCAB, Text, arguments, gpt2
 
 
 KINDS: dict[str, int | None] = {"Trainer": None, "K=1": 1, "K=3": 3}
@@ -182,7 +186,7 @@ def test_logged_losses_average_to_train_loss(make: Kind) -> None:
     run = make(max_steps=6, logging_steps=2, learning_rate=1e-3)
     output = run.train()
     losses = [log["loss"] for log in logs_with(run, "loss")]
-    assert output.training_loss == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert output.training_loss == pytest.approx(sum(losses) / 3, abs=max(LOG_ERROR, 4e-6))
     assert losses[0] == pytest.approx(math.log(VOCAB), rel=0.05)
 
 
@@ -222,7 +226,10 @@ def test_log_adds_to_history_and_callbacks(make: Kind) -> None:
 def test_log_takes_any_values_before_training(make: Kind) -> None:
     run = make()
     run.log({"loss": 1.0, "learning_rate": 0.1})
-    assert run.state.log_history == [{"loss": 1.0, "learning_rate": 0.1, "epoch": 0, "step": 0}]
+    plain = make.plain()
+    plain.log({"loss": 1.0, "learning_rate": 0.1})
+    assert run.state.log_history == plain.state.log_history  # the epoch, too, where Trainer has one by then
+    assert run.state.log_history[0].items() >= {"loss": 1.0, "learning_rate": 0.1, "step": 0}.items()
 
 
 # ---- steps and epochs ----
@@ -517,7 +524,7 @@ def test_compute_metrics(make: Kind) -> None:
     metrics = make(compute_metrics=compute_metrics).evaluate()
     assert metrics["eval_mine"] == 0.5 and metrics["eval_prefixed"] == 0.25
     assert seen[0].predictions.shape == (12, 8, VOCAB)
-    assert np.array_equal(seen[0].label_ids, Text(12, seed=2).ids.numpy())
+    assert np.array_equal(seen[0].label_ids, Text(12, seed=2).labels.numpy())
     assert seen[0].inputs is None and seen[0].losses is None
 
 
@@ -578,7 +585,7 @@ def test_predict(make: Kind) -> None:
     with torch.no_grad():
         logits = stock.eval()(Text(10, seed=5).ids).logits
     assert output.predictions == pytest.approx(logits.numpy(), abs=1e-5)
-    assert np.array_equal(output.label_ids, Text(10, seed=5).ids.numpy())
+    assert np.array_equal(output.label_ids, Text(10, seed=5).labels.numpy())
     assert {"test_loss", "test_runtime", "test_samples_per_second", "test_steps_per_second"} <= set(output.metrics)
     assert "mine_loss" in run.predict(Text(4), metric_key_prefix="mine").metrics
 
@@ -822,7 +829,9 @@ def test_resumed_is_uninterrupted(make: Kind, settings: dict[str, Any]) -> None:
     resumed = make(
         model=gpt2(dropout=0.1), folder=make.folder / "b", max_steps=8, logging_steps=1, **SAVING, **settings
     )
-    resumed.train(resume_from_checkpoint=str(make.folder / "checkpoint-4"))
+    # With accumulation step 4 lies in the second epoch, where Trainer goes on with other rows before transformers 5.0.
+    step = 2 if settings and Version("5.0") > RELEASE else 4
+    resumed.train(resume_from_checkpoint=str(make.folder / f"checkpoint-{step}"))
     assert same(stock_weights(whole), stock_weights(resumed))
     assert logs_with(whole, "loss") == logs_with(resumed, "loss")
 
@@ -878,6 +887,61 @@ def test_ignore_data_skip(make: Kind, ignore: bool) -> None:
     assert seen == (batches[:4] if ignore else batches[2:])
 
 
+def test_resume_with_frozen_parameters(make: Kind) -> None:
+    """The optimizer's state holds nothing of them, so it must be laid out alike."""
+
+    def frozen(folder: Path) -> Any:
+        model = gpt2()
+        model.transformer.wte.weight.requires_grad_(False)
+        return make(model=model, folder=folder, max_steps=6, weight_decay=0.1, **SAVING)
+
+    whole, resumed = frozen(make.folder), frozen(make.folder / "b")
+    before = stock_weights(whole)["transformer.wte.weight"]
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(make.folder / "checkpoint-4"))
+    assert same(stock_weights(whole), stock_weights(resumed))
+    assert torch.equal(stock_weights(resumed)["transformer.wte.weight"], before)
+
+
+def test_resume_with_another_batch_size(make: Kind) -> None:
+    """Whose size holds is Trainer's choice: the checkpoint's in older releases, then that of the new arguments."""
+
+    def sizes(kind: Any) -> list[int]:
+        settings: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+        kind(**settings).train()
+        run = kind(per_device_train_batch_size=2, **settings)
+        seen: list[int] = []
+        step = run.training_step
+
+        def training_step(model: Any, inputs: Any, *args: Any) -> Any:
+            seen.append(len(inputs["input_ids"]))
+            return step(model, inputs, *args)
+
+        run.training_step = training_step
+        run.train(resume_from_checkpoint=str(Path(run.args.output_dir) / "checkpoint-2"))
+        return seen
+
+    found = sizes(make)
+    assert found == sizes(make.plain)
+    assert found == [2] * 4 or not compat.LOOP_HAS_HOOKS
+
+
+@pytest.mark.parametrize("holder", ["processing_class", "data_collator"])
+def test_a_tokenizer_is_saved_with_the_weights(make: Kind, holder: str) -> None:
+    class Collator:
+        tokenizer = tokenizer()
+
+        def __call__(self, rows: list[Any]) -> Any:
+            return default_data_collator(rows)
+
+    own: Any = tokenizer() if holder == "processing_class" else Collator()
+    run = make(max_steps=2, save_strategy="steps", save_steps=2, **{holder: own})
+    run.train()
+    run.save_model()
+    for folder in (make.folder / "checkpoint-2", make.folder):
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer().get_vocab()
+
+
 def test_training_twice(make: Kind) -> None:
     run = make(max_steps=4)
     run.train()
@@ -892,7 +956,7 @@ def test_training_twice(make: Kind) -> None:
 @pytest.mark.parametrize("settings", [
     {"lr_scheduler_type": "linear"},
     {"lr_scheduler_type": "cosine", "warmup_steps": 3},
-    {"lr_scheduler_type": "linear", "warmup_steps": 0.25},
+    {"lr_scheduler_type": "linear", WARMUP_SHARE: 0.25},
     {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4},
     {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
     {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2},
@@ -991,7 +1055,9 @@ def test_grad_norm_is_logged_and_clips(make: Kind, max_grad_norm: float) -> None
     run = make(max_grad_norm=max_grad_norm, **settings)
     before = stock_weights(run)
     run.train()
-    assert logs_with(run, "loss")[0]["grad_norm"] > 0.05
+    # Without clipping, Trainer logs no norm before transformers 5.3.
+    if max_grad_norm or compat.LOOP_HAS_HOOKS:
+        assert logs_with(run, "loss")[0]["grad_norm"] > 0.05
     moved = sum((value - before[key]).square().sum() for key, value in stock_weights(run).items() if "lm_" not in key)
     # Three plain steps, or the one that ends a cycle of three with base gradients summed; a step is at most that long.
     assert (moved.sqrt() <= 3 * 0.01 * (1 + 1e-4)) == (max_grad_norm > 0)
@@ -1185,7 +1251,10 @@ def test_model_init(make: Kind) -> None:
 def test_a_model_is_needed_once(make: Kind) -> None:
     with pytest.raises(RuntimeError, match="model_init"):
         make(model=None)
-    with pytest.raises(ValueError, match="not both"):
+    refusal: Any = pytest.raises(ValueError, match="not both")
+    if Version("5.0") > RELEASE:  # Trainer warns, and makes its own model
+        refusal = pytest.warns(FutureWarning, match="model_init")
+    with refusal:
         make(model_init=gpt2, model=gpt2())
 
 

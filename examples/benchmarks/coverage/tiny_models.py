@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -226,8 +227,7 @@ def tiny_config(kind: str, model_type: str) -> PreTrainedConfig:
     """Returns a small config for the class of a kind that transformers maps an architecture to."""
     config_class = model_class(kind, model_type).config_class
     config_class = config_class or CONFIG_MAPPING[model_type]
-    fields = {f.name for f in dataclasses.fields(config_class)}
-    values: dict[str, Any] = {"is_decoder": kind == "causal-lm"} if "is_decoder" in fields else {}
+    values: dict[str, Any] = {"is_decoder": kind == "causal-lm"} if "is_decoder" in _defaults(config_class) else {}
     if kind == "timm":
         values["architecture"] = model_type
     return shrunk(config_class, **values)
@@ -235,11 +235,13 @@ def tiny_config(kind: str, model_type: str) -> PreTrainedConfig:
 
 def shrunk(config_class: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
     """Returns a config of a class with small sizes, nested configs included, and the values given."""
-    defaults = {f.name: _default(f) for f in dataclasses.fields(config_class) if f.init}
+    defaults = _defaults(config_class)
     values = {name: SIZES[name] for name in defaults if name in SIZES}
     # Sizes of stages are another matter than one size.
     values = {name: size for name, size in values.items() if not isinstance(defaults[name], (list, tuple))}
     values |= {n: [SIZES_OF_STAGES[n]] * len(v) for n, v in defaults.items() if n in SIZES_OF_STAGES and v is not None}
+    if "use_mamba_kernels" in defaults:  # older releases refuse to do without them, unless told to
+        values["use_mamba_kernels"] = False
     values |= {n: _small_token(defaults[n], i) for i, n in enumerate(_token_names(defaults))}
     own = OVERRIDES.get(config_class.model_type, {})
     try:
@@ -255,6 +257,19 @@ def shrunk(config_class: type[PreTrainedConfig], **given: Any) -> PreTrainedConf
         if nested is not None or nested_class is not AutoConfig:
             values[name] = shrunk(nested_class if nested is None else type(nested))
     return config_class(**values | own | given)
+
+
+def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """What a config takes by name, with its defaults: fields of a dataclass, or arguments (transformers 5.0)."""
+    if dataclasses.is_dataclass(config_class):
+        return {f.name: _default(f) for f in dataclasses.fields(config_class) if f.init}
+    found: dict[str, Any] = {}
+    for owner in reversed(config_class.__mro__):  # each hands on what it does not know
+        if owner is not object and "__init__" in vars(owner):
+            arguments = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+            named = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+            found |= {a.name: None if a.default is a.empty else a.default for a in named}
+    return found
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -16,6 +16,7 @@ from . import batch_norm, hypernet, rank1
 from .guard import guarded
 from .members import Members, members_of, plain_forward
 from .recurrent import RECURRENT_LAYERS, restore_cached_weights, use_effective_weights
+from .recurrent import member_forward as recurrent_member_forward
 from .recurrent import sample_forward as recurrent_sample_forward
 from .targets import Target, family_module
 
@@ -88,9 +89,10 @@ def attach(model: nn.Module, targets: list[Target], members: Members, by_sample:
         if hasattr(family, "member_forward"):
             type(module).forward = family.member_forward
             continue
+        forward = plain_forward(module)
         if isinstance(module, RECURRENT_LAYERS):
             use_effective_weights(module)
-        forward = plain_forward(module)
+            forward = type(module).forward = recurrent_member_forward(forward)  # type: ignore[method-assign]
         if family is rank1 and rank1.has_fused_call(module):
             forward = type(module).forward = rank1.fused_forward
         if by_sample:

@@ -34,7 +34,7 @@ class BatchNormTensor(Replicated):
 
     def __init__(self, members: Members) -> None:
         super().__init__(members)
-        self.fixed = Fixed()
+        self.fixed: Fixed[Tensor] = Fixed()
         self.measured: Tensor | None = None
 
     def forward(self, stack: Tensor) -> Tensor:
@@ -65,12 +65,14 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     In training mode the active member's statistics are updated, and no other's. The average has none of its own to
     update, unless they are being measured.
     """
-    members = members_of(layer)
+    tensors = _tensors(layer)
+    members: Members = next(iter(tensors.values()))._modules["0"].members
     if members.mode == "sample":
         return _sample_forward(layer, *args, **kwargs)
     if members.mode == "average":
         return call_with(layer, plain_forward(layer), _averaged(layer), args, kwargs)
-    tensors = _tensors(layer)
+    if len(args) == 1 and not kwargs and _is_plain(layer, tensors, members):
+        return _plain_call(layer, tensors, members, *args)
     stacks = {name: _member_statistics(tensors[name]) for name in STATISTICS if name in tensors}
     values = {name: members.select(stack) for name, stack in stacks.items()}
     forward = plain_forward(layer)
@@ -82,6 +84,37 @@ def member_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for name, stack in stacks.items():
             stack.index_copy_(0, members.index, values[name].unsqueeze(0))
     return output
+
+
+def _is_plain(layer: Any, tensors: dict[str, Any], members: Members) -> bool:
+    """Whether `_plain_call` computes what the layer does."""
+    return (
+        members.yields_views
+        and plain_forward(layer) is _BatchNorm.forward
+        and layer.momentum is not None  # else it depends on the minibatches tracked
+        and layer.track_running_stats == ("running_mean" in tensors)
+        and not any(len(own._modules) > 1 for own in tensors.values())  # someone has put another on top
+    )
+
+
+def _plain_call(layer: Any, tensors: dict[str, Any], members: Members, rows: Tensor) -> Tensor:
+    """
+    What `_BatchNorm.forward` computes, with views of the active member's rows, which it updates.
+
+    That method reads each tensor several times, through modules' lookups that take longer than a GPU's kernels.
+    """
+    layer._check_input_dim(rows)
+    training, select, values = layer.training, members.select, {}
+    for name, own in tensors.items():
+        stack = _member_statistics(own) if name in STATISTICS else own._parameters["original"]
+        values[name] = select(stack)
+    if training and "num_batches_tracked" in values:
+        values["num_batches_tracked"].add_(1)
+    mean, variance = values.get("running_mean"), values.get("running_var")
+    return F.batch_norm(
+        rows, mean, variance, values.get("weight"), values.get("bias"), training or mean is None, layer.momentum,
+        layer.eps,
+    )  # fmt: skip
 
 
 def fold(layer: Any, stacks: dict[str, Tensor]) -> dict[str, Tensor]:

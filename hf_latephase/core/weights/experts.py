@@ -32,7 +32,7 @@ class ExpertsRank1(Rank1):
         experts, rows, columns = weight.shape
         self.left = nn.Parameter(weight.new_ones(members.num_members, experts, rows))
         self.right = nn.Parameter(weight.new_ones(members.num_members, experts, columns))
-        self.fixed = Fixed()
+        self.fixed: Fixed[Tensor] = Fixed()
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the product with the active member's factors, or that of the running call."""

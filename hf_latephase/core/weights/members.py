@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+
+T = TypeVar("T")
 
 
 class Members:
@@ -162,14 +165,14 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-class Fixed:
+class Fixed(Generic[T]):
     """
     A place for what a weight is while its layer's own call runs, however often the call reads it.
 
     No attribute of the parametrization itself: those of modules take long to set, and layers are called often.
     """
 
-    value: Tensor | None = None
+    value: T | None = None
 
 
 def call_with(layer: nn.Module, forward: Callable[..., Any], values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:

@@ -11,10 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .members import Members, call_each, plain_forward
 from .rank1_functions import rank1_linear, rank1_product
-from .recurrent import RECURRENT_LAYERS
 
 
-LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, *RECURRENT_LAYERS)
+LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU)
 # What `sample_forward` has a formula for; a subclass may compute something else.
 PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 
@@ -42,7 +41,12 @@ class Rank1(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the base weight times the active member's factors."""
-        return rank1_product(weight, self.members.select(self.left), self.members.select(self.right))
+        return rank1_product(weight, *self.factors())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Returns the active member's left and right factor; past the lookups of modules, for speed."""
+        select, own = self.members.select, self._parameters
+        return select(own["left"]), select(own["right"])  # type: ignore[arg-type]
 
     def fold(self, tensors: dict[str, Tensor]) -> Tensor:
         """Returns W ∘ (mean u)(mean v)ᵀ from the tensors `original`, `0.left` and `0.right`."""
@@ -81,9 +85,7 @@ def fused_forward(module: nn.Module, rows: Tensor) -> Tensor:
     """
     # Past the modules' attribute lookups, of which there are many to a minibatch.
     parametrized: Any = module._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
-    factors: Any = parametrized._modules["0"]
-    select = factors.members.select
-    left, right = select(factors._parameters["left"]), select(factors._parameters["right"])
+    left, right = parametrized._modules["0"].factors()
     weight, bias = parametrized._parameters["original"], module.bias
     return rank1_linear(rows, weight, left, right, bias, transposed=isinstance(module, Conv1D))  # type: ignore[arg-type]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from . import rank1_fused
 
 
 def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -16,8 +20,14 @@ def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
     Dimensions that all three begin with are a batch: `[E, n, m]`, `[E, n]` and `[E, m]`.
     """
-    product: Tensor = _Rank1Product.apply(weight, left, right)
+    (product,) = rank1_products([(weight, left, right)])
     return product
+
+
+def rank1_products(factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    """Returns the rank-1 product of each weight, left and right factor; one call of autograd for all of them."""
+    products: tuple[Tensor, ...] = _Rank1Products.apply(*itertools.chain.from_iterable(factors))
+    return products
 
 
 def rank1_linear(
@@ -47,23 +57,25 @@ def _compute_dtype(rows: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-class _Rank1Product(torch.autograd.Function):
-    """`weight * left * right` that keeps no weight-sized intermediate for the backward pass."""
+class _Rank1Products(torch.autograd.Function):
+    """`weight * left * right` of every three tensors; no weight-sized intermediate is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, left, right)
-        return _product(weight, left, right)
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        weights, lefts, rights = tensors[::3], tensors[1::3], tensors[2::3]
+        return tuple(_product(*factors) for factors in zip(weights, lefts, rights, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        weight, left, right = ctx.saved_tensors
-        grad_weight = _product(grad, left, right) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return grad_weight, None, None
-        return grad_weight, *_factor_gradients(grad * weight, left, right)
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        gradients: list[Tensor | None] = []
+        for index, grad in enumerate(grads):
+            own = slice(3 * index, 3 * index + 3)
+            weight, left, right = tensors[own]
+            gradients += _gradients(grad, weight, left, right, wanted[own], in_place=False)
+        return tuple(gradients)
 
 
 class _Rank1Linear(torch.autograd.Function):
@@ -90,25 +102,57 @@ class _Rank1Linear(torch.autograd.Function):
         if for_rows:
             product = _product(weight, left, right, grad.dtype)
             grad_rows = grad @ (product.T if ctx.transposed else product)
+            del product  # before the gradients, which are as large
         if for_bias:
             grad_bias = grad.sum(0).to(ctx.bias_dtype)
         if for_weight or for_left or for_right:
             outer = rows.T @ grad if ctx.transposed else grad.T @ rows
-            if for_left or for_right:
-                grad_left, grad_right = _factor_gradients(outer * weight, left, right)
-            if for_weight:
-                # In place where it can be: nobody else has seen it.
-                scaled = outer.mul_(right) if outer.dtype == weight.dtype else outer * right
-                grad_weight = scaled.mul_(left.unsqueeze(-1))
+            # In place where it can be: nobody else has seen it.
+            wanted = (for_weight, for_left, for_right)
+            grad_weight, grad_left, grad_right = _gradients(outer, weight, left, right, wanted, in_place=True)
         return grad_rows, grad_weight, grad_left, grad_right, grad_bias, None
 
 
 def _product(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The product in full precision; the cast to `dtype` is part of the last multiplication, not a pass of its own."""
+    fused_dtype = weight.dtype if dtype is None else dtype
+    if (kernels := rank1_fused.kernels(weight, left, right, fused_dtype)) is not None:
+        product: Tensor = kernels.product(weight, left, right, fused_dtype)
+        return product
     scaled, rows = weight * _columns(right, weight), _rows(left, weight)
     if dtype is None or dtype == scaled.dtype:
         return scaled.mul_(rows)
     return torch.mul(scaled, rows, out=torch.empty_like(scaled, dtype=dtype))
+
+
+def _gradients(
+    grad: Tensor, weight: Tensor, left: Tensor, right: Tensor, wanted: Sequence[bool], in_place: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """
+    The gradients of weight and factors from that of the product.
+
+    Args:
+        wanted (`Sequence[bool]`):
+            Whether those of weight, left and right factor are.
+        in_place (`bool`):
+            Whether the product's may be written over.
+    """
+    for_weight, for_factors = wanted[0], wanted[1] or wanted[2]
+    in_place = in_place and grad.dtype == weight.dtype
+    grad_weight = grad_left = grad_right = None
+    if for_factors and (kernels := rank1_fused.kernels(weight, left, right, grad.dtype)) is not None:
+        grad = grad.contiguous()
+        if for_weight:
+            grad_weight = grad if in_place else torch.empty_like(weight)
+        grad_left, grad_right = kernels.gradients(grad, weight, left, right, grad_weight)
+        return grad_weight, grad_left, grad_right
+    if for_factors:
+        grad_left, grad_right = _factor_gradients(grad * weight, left, right)
+    if for_weight:
+        columns = _columns(right, weight)
+        scaled = grad.mul_(columns) if in_place else grad * columns
+        grad_weight = scaled.mul_(_rows(left, weight))
+    return grad_weight, grad_left, grad_right
 
 
 def _factor_gradients(product: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

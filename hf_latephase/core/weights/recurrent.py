@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .members import Members, members_of, plain_forward
+from .members import Fixed, Members, members_of, plain_forward
+from .rank1 import Rank1
+from .rank1_functions import rank1_products
 
 
 RECURRENT_LAYERS = (nn.LSTM, nn.GRU)
+# Where a module keeps its effective weights while its call runs.
+FIXED = "_latephase_fixed"
 
 
 def use_effective_weights(module: nn.Module) -> None:
@@ -22,6 +27,7 @@ def use_effective_weights(module: nn.Module) -> None:
     """
     layer_class: Any = type(module)
     module.__dict__.pop("_flat_weights", None)
+    module.__dict__[FIXED] = Fixed()
     layer_class._flat_weights = property(_read_weights, _keep_weights)
     for method in ("flatten_parameters", "_init_flat_weights", "_update_flat_weights"):
         setattr(layer_class, method, _nothing)
@@ -29,7 +35,22 @@ def use_effective_weights(module: nn.Module) -> None:
 
 def restore_cached_weights(module: nn.Module) -> None:
     """Rebuilds PyTorch's cache once the module has its plain class and parameters again."""
+    module.__dict__.pop(FIXED, None)
     module._init_flat_weights()  # type: ignore[operator]
+
+
+def member_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a layer's call that computes the effective weights once, though PyTorch's own call reads them twice."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        fixed = module.__dict__[FIXED]
+        fixed.value = _effective_weights(module)
+        try:
+            return forward(module, *args, **kwargs)
+        finally:
+            fixed.value = None
+
+    return call
 
 
 def sample_forward(module: nn.Module, rows: Any, state: Any = None) -> Any:
@@ -39,7 +60,7 @@ def sample_forward(module: nn.Module, rows: Any, state: Any = None) -> Any:
             "member_assignment='sample' runs recurrent layers on batched, padded tensors only (no PackedSequence). "
             "Use member_assignment='minibatch'."
         )
-    members, forward = members_of(module), plain_forward(module)
+    members, forward = members_of(module), member_forward(plain_forward(module))
     batch_dim = 0 if module.batch_first else 1
     blocks = rows.chunk(members.num_members, batch_dim)
     if len({block.shape[batch_dim] for block in blocks}) != 1 or len(blocks) != members.num_members:
@@ -69,7 +90,21 @@ def _join(states: list[Any]) -> Any:
 
 
 def _read_weights(module: nn.Module) -> list[Tensor]:
-    return [getattr(module, name) for name in module._flat_weights_names]  # type: ignore[union-attr]
+    fixed: list[Tensor] | None = module.__dict__[FIXED].value
+    return _effective_weights(module) if fixed is None else fixed
+
+
+def _effective_weights(module: nn.Module) -> list[Tensor]:
+    lists: Any = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
+    factors = {}
+    for name, own in lists.items():
+        parametrization = own._modules["0"]
+        # Not where someone has put another parametrization on top.
+        if type(parametrization) is Rank1 and len(own._modules) == 1:
+            factors[name] = (own._parameters["original"], *parametrization.factors())
+    values = dict(zip(factors, rank1_products(list(factors.values())), strict=True)) if factors else {}
+    names: Any = module._flat_weights_names
+    return [values[name] if name in values else getattr(module, name) for name in names]
 
 
 def _keep_weights(module: nn.Module, weights: list[Tensor]) -> None:

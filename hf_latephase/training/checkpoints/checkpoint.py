@@ -29,6 +29,8 @@ _TRAINERS_FILES = {
     "rng_state": "the random generators' state",
     TRAINER_STATE_NAME: "the trainer's state",
 }
+# DeepSpeed's engine has a folder of its own for weights, optimizer and, if it steps it, schedule; this file names it.
+_ENGINES_FILE = "latest"
 _REMEDY = "Use another checkpoint, or start from its weights alone with from_pretrained()."
 
 
@@ -78,9 +80,9 @@ def check_trainers_files(folder: str) -> None:
     missing = _missing(folder)
     if missing:
         raise FileNotFoundError(f"The checkpoint {folder!r} lacks {', '.join(missing)}. {_REMEDY}")
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.pt*")):
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", "*.pt*"), recursive=True):
         if not zipfile.is_zipfile(path):  # the directory of these archives is at their end
-            raise damaged(folder, f"{os.path.basename(path)} is cut off or no file of torch.save")
+            raise damaged(folder, f"{os.path.relpath(path, folder)} is cut off or no file of torch.save")
     if not isinstance(_read_json(folder, TRAINER_STATE_NAME).get("global_step"), int):
         raise damaged(folder, f"{TRAINER_STATE_NAME} names no global_step")
 
@@ -130,6 +132,15 @@ def read_tensors(folder: str, name: str) -> dict[str, Tensor]:
         raise damaged(folder, f"{name} cannot be read, {error}") from error
 
 
+def _missing_of_engine(folder: str, num_processes: int) -> list[str]:
+    with open(os.path.join(folder, _ENGINES_FILE), encoding="utf-8") as file:
+        name = file.read().strip()
+    path = os.path.join(folder, name)
+    files = os.listdir(path) if os.path.isdir(path) else []
+    endings = ["_model_states.pt", *(f"zero_pp_rank_{i}_mp_rank_00_optim_states.pt" for i in range(num_processes))]
+    return [f"{name}/*{ending}" for ending in endings if not any(file.endswith(ending) for file in files)]
+
+
 def damaged(folder: str, cause: str) -> ValueError:
     """Returns the error that says that a checkpoint is damaged."""
     return ValueError(f"The checkpoint {folder!r} is damaged: {cause}. {_REMEDY}")
@@ -144,11 +155,19 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def is_of_engine(folder: str) -> bool:
+    """Whether DeepSpeed's engine wrote a checkpoint's weights and optimizer."""
+    return os.path.isfile(os.path.join(folder, _ENGINES_FILE))
+
+
 def _missing(folder: str) -> list[str]:
     names = os.listdir(folder)
+    by_engine = ("optimizer", "scheduler") if is_of_engine(folder) else ()
     missing = [
         f"{prefix} ({what})"
         for prefix, what in _TRAINERS_FILES.items()
-        if not any(name.startswith(prefix) for name in names)
+        if prefix not in by_engine and not any(name.startswith(prefix) for name in names)
     ]
+    if by_engine and STATE_NAME in names:
+        missing += _missing_of_engine(folder, _read_json(folder, STATE_NAME).get("num_processes", 1))
     return missing + [name for name in (TENSORS_NAME, STATE_NAME) if name not in names]

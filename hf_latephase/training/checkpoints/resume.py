@@ -17,7 +17,7 @@ from ...core.averaging import TimeAverage
 from ...core.cycle import Cycle
 from ...core.late_phase import LatePhase
 from ...core.sharding import gathered, named_parameters, sharded_like
-from .checkpoint import check_trainers_files, damaged, load_state, read_tensors, save_state
+from .checkpoint import check_trainers_files, damaged, is_of_engine, load_state, read_tensors, save_state
 
 
 @dataclass
@@ -71,12 +71,15 @@ class StateKeeper:
         late_phase (`LatePhase`):
             The members.
         is_sharded (`bool`):
-            Whether FSDP shards the model, whose weights accelerate then saves and loads, members included.
+            Whether FSDP or DeepSpeed saves and loads the weights, members included.
+        has_engine (`bool`, defaults to `False`):
+            Whether that is DeepSpeed.
     """
 
-    def __init__(self, late_phase: LatePhase, is_sharded: bool) -> None:
+    def __init__(self, late_phase: LatePhase, is_sharded: bool, has_engine: bool = False) -> None:
         self._late_phase = late_phase
         self._is_sharded = is_sharded
+        self._has_engine = has_engine
         self._checked: tuple[str, Saved] | None = None
         self._resumed: Saved | None = None
 
@@ -137,6 +140,12 @@ class StateKeeper:
 
     def _read(self, folder: str, cycle: Cycle | None) -> Saved:
         tensors, state = load_state(folder, *self._identity)
+        if is_of_engine(folder) != self._has_engine:
+            written, now = ("with", "without") if is_of_engine(folder) else ("without", "with")
+            raise ValueError(
+                f"The checkpoint {folder!r} was written {written} DeepSpeed, this run is {now} it, and cannot read "
+                f"those files. Resume {written} DeepSpeed, or start from the averaged weights with from_pretrained()."
+            )
         own = self._model_tensors()
         for kind in ("model.", "held.", "average."):
             for name, value in _part(tensors, kind).items():
@@ -149,6 +158,11 @@ class StateKeeper:
         if cycle is not None:
             check_trainers_files(folder)
             _check_cycle(folder, state, cycle)
+            if self._has_engine and state["num_processes"] != cycle.num_processes:
+                raise ValueError(
+                    f"The checkpoint {folder!r} holds DeepSpeed's parts of {state['num_processes']} processes, which "
+                    f"{cycle.num_processes} cannot load. Resume on as many."
+                )
         weights = {} if self._is_sharded else self._read_weights(folder, _part(tensors, "model."))
         return Saved(tensors, state, weights)
 
