@@ -102,7 +102,7 @@ class LatePhaseConfig:
             the paper does after SWA). Measuring takes one pass, or K, over the training set at each evaluation and
             saving after new training steps.
 
-    The defaults are the paper's. Recommended, from the runs in `examples/benchmarks/RESULTS.md` and the README:
+    The defaults are the paper's. Recommended, from the runs in `examples/benchmarks/RESULTS.md` and `docs/results.md`:
 
     - Fine-tuning a transformer on little text: `num_members=5, weights=["norm"], late_phase_start=0.05,
       base_gradient_scale=0.2, swa_start=0.1`, a constant rate, and gradient accumulation over a multiple of
@@ -113,7 +113,7 @@ class LatePhaseConfig:
     - Language models from scratch: `num_members=1`, plain training. A small LSTM on Django's documentation: late-phase
       2.171, one member that accumulates as long 2.170, plain training 2.061 (all with linear decay). A small gpt2:
       late-phase 3.074, one member that accumulates as long 3.073, plain training 2.880.
-    - Image classifiers: replication won nothing in ten epochs of a small net (README); `num_members=1` with
+    - Image classifiers: replication won nothing in ten epochs of a small net (`docs/results.md`); `num_members=1` with
       `swa_start` or `ema_decay` is weight averaging alone. For long training there are the paper's figures only.
 
     Raises:

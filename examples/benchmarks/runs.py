@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from tqdm.auto import tqdm
 
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 README = EXAMPLES.parent / "README.md"
+RESULTS = EXAMPLES / "benchmarks" / "RESULTS.md"
 # Pages of the documentation that hold tables.
 RESULTS_PAGE = EXAMPLES.parent / "docs" / "results.md"
 PERFORMANCE_PAGE = EXAMPLES.parent / "docs" / "performance.md"
@@ -118,6 +120,13 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean of the paired differences over the seeds, and half the width of its 95 % interval (Student's t)."""
+    pairs = [a - b for a, b in zip(own, other, strict=True)]
+    width = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return statistics.mean(pairs), float(width)
 
 
 def markdown(header: list[str], left: int, rows: Sequence[Sequence[str]]) -> str:

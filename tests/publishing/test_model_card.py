@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, HfApi, ModelCard, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from transformers import ByT5Tokenizer, Trainer
+from transformers import ByT5Tokenizer, Trainer, TrainingArguments
 
+import run_enwik8
 import tiny
+from common.recipe import parse_arguments
 from hf_latephase import LatePhaseConfig, LatePhaseMixin
 from hf_latephase.publishing.model_card import EMISSIONS_NAME, read_emissions
 from hf_latephase.publishing.trainer_card import final_results
@@ -25,6 +28,10 @@ from make_model_cards import RUNS, make_card
 
 
 CARDS = Path(__file__).parents[2] / "model_cards"
+TYPES = (
+    *(run_enwik8.LanguageModelArguments, run_enwik8.DataArguments, run_enwik8.MethodArguments),
+    *(LatePhaseConfig, TrainingArguments),
+)
 CITATION = "Neural networks with late-phase weights"
 
 
@@ -318,3 +325,16 @@ def test_figures_in_the_cards_are_the_recorded_ones(name: str, monkeypatch: pyte
         assert str(fact) in made
     rate = "lr_points" if settings.get("lr_points") else "learning_rate"
     assert f"- {rate}: {settings[rate]}" in section(card, "Training")
+
+
+@pytest.mark.parametrize("name", ["lstm-python-reference", "gpt2-python-reference"])
+def test_the_command_of_a_card_gives_the_settings_of_its_run(name: str) -> None:
+    """Whatever has become of the recipe since."""
+    record = json.loads((CARDS / f"{name}.json").read_text(encoding="utf-8"))
+    _, script, recipe, *flags = shlex.split(record["run"]["command"])
+    assert [script, recipe] == [f"examples/{RUNS[name].script}", f"examples/{RUNS[name].recipe}"]
+    assert flags == RUNS[name].flags
+    *arguments, args = parse_arguments(TYPES, [str(CARDS.parent / recipe), *flags, "--use_cpu"])
+    now = run_enwik8.describe_settings(arguments, args)
+    then = {key: value for key, value in record["settings"].items() if key not in ("torch", "transformers")}
+    assert then.items() <= now.items()

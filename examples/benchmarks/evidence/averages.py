@@ -62,7 +62,10 @@ class Model:
 
 TEXT = ["--curve_bytes=20000", "--max_eval_bytes=20000", "--sample_bytes=10"]
 MODELS = {
-    "lstm": Model("LSTM, 128 units", "run_enwik8.py", DEMO, "bpc", 1, "bits", TEXT),
+    "lstm": Model(
+        *("LSTM, 128 units", "run_enwik8.py", DEMO, "bpc", 1, "bits"),
+        [*TEXT, "--per_device_train_batch_size=16"],
+    ),
     "gpt2": Model("gpt2, 2 layers", "run_enwik8.py", RECIPES / "benchmark_gpt2.yaml", "bpc", 1, "bits", TEXT),
     "wide_resnet": Model(
         "WideResNet 10-1", "run_cifar.py", RECIPES / "benchmark_cifar.yaml", "error", 100, "points",

@@ -27,19 +27,30 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from scipy.stats import t as student
 from transformers import HfArgumentParser
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `runs` is
 
+import regime_report
 from comparison import RECIPES, Row, Table, text_file
 from evidence_tables import TABLES
-from runs import README, RESULTS_PAGE, Run, environment, markdown, put_into_page, run_all, spread
+from runs import (
+    README,
+    RESULTS,
+    RESULTS_PAGE,
+    Run,
+    difference,
+    environment,
+    markdown,
+    put_into_page,
+    run_all,
+    spread,
+    with_table,
+)
 
 
 FIGURES = Path(__file__).with_name("figures")
-RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 SPLITS = ("validation", "test")
 NEAR = 0.05  # bits per byte: nearly twice the most by which one seed was seen to misjudge a rate (LOG.md, Django)
 INTRODUCTION = FIGURES / "introduction.md"
@@ -175,13 +186,6 @@ def _distinct(runs: Any) -> list[Run]:
     return list({run.folder: run for run in runs}.values())
 
 
-def difference(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Mean of the paired differences over the seeds, and half the width of its 95 % interval (Student's t)."""
-    pairs = [a - b for a, b in zip(own, other, strict=True)]
-    width = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-    return statistics.mean(pairs), float(width)
-
-
 def best_of(table: Table, rows: dict[str, Any], late_phase: bool, split: str) -> str:
     """The best single model on a split, of those that replicate weights or of those that do not."""
     names = [row.name for row in table.rows if row.is_late_phase == late_phase and row.is_one_model]
@@ -240,9 +244,13 @@ def recorded() -> dict[str, dict[str, Any]]:
 
 
 def report() -> str:
-    """`RESULTS.md`."""
+    """`RESULTS.md`: it begins with the tables of `regime.py`."""
+    introduction = INTRODUCTION.read_text(encoding="utf-8")
+    for mark, (table, pages) in regime_report.TABLES.items():
+        if RESULTS in pages:
+            introduction = with_table(introduction, mark, table())
     sections = [section(TABLES[name], record) for name, record in recorded().items()]
-    return "\n".join([INTRODUCTION.read_text(encoding="utf-8"), *sections])
+    return "\n".join([introduction, *sections])
 
 
 def compared() -> list[tuple[str, str, str, dict[str, Any]]]:

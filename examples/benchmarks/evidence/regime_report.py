@@ -1,0 +1,290 @@
+"""The tables and the figure of `regime.py`, made from its recorded figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+
+matplotlib.use("Agg")  # before pyplot: the machine may have no display
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `runs` is
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where `common` is
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "toy"))
+
+from common.report import COLOURS
+from quadratic_theory import Method, NoisyQuadratic, steady_state_loss
+from regime_settings import TASKS
+from runs import README, RESULTS, RESULTS_PAGE, difference, markdown, put_into_page, spread
+
+
+PLOT = RESULTS_PAGE.with_name("noise.png")
+SWA = ", SWA"
+BASE, ONE = "base", "one member (rank-1)"
+
+
+def figures_of(name: str) -> Path:
+    """Where the figures of a task are kept."""
+    return Path(__file__).with_name(f"regime_{name}.json")
+
+
+@dataclass
+class Figures:
+    """
+    The recorded runs of a task.
+
+    Attributes:
+        runs (`list[dict[str, Any]]`): One a run.
+    """
+
+    runs: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, name: str) -> Figures:
+        """Those of a task, none if it has not run."""
+        path = figures_of(name)
+        return cls(json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else [])
+
+    def __bool__(self) -> bool:
+        return bool(self.runs)
+
+    def of_method(self, method: str, rate: float, batch_size: int | None = None) -> list[dict[str, Any]]:
+        """The runs of a method at a rate (and a size of minibatches), by seed."""
+        own = [
+            run
+            for run in self.runs
+            if (run["method"], run["rate"]) == (method, rate) and batch_size in (None, run["batch_size"])
+        ]
+        return sorted(own, key=lambda run: run["seed"])
+
+    def values(self, method: str, rate: float, split: str, measure: str, batch_size: int | None = None) -> list[float]:
+        """A measure by seed; accuracies in per cent."""
+        scale = 100 if measure == "accuracy" else 1
+        own = self.of_method(method, rate, batch_size)
+        return [scale * run[split][measure] for run in own if split in run]
+
+
+def ahead(own: Sequence[float], other: Sequence[float], digits: int = 3, higher: bool = False) -> str:
+    """By how much the first is better than the second, with its 95 % interval, over the seeds (from 0) of both."""
+    own, other = own[: len(other)], other[: len(own)]
+    if own == other or len(own) < 2:
+        return "–"
+    mean, width = difference(own, other) if higher else difference(other, own)
+    return f"{mean:+.{digits}f} ± {width:.{digits}f}"
+
+
+def comparison(name: str) -> str:
+    """A language model's first table: all methods at the rate that they share, in bits per character."""
+    figures, task = Figures.of(name), TASKS[name]
+    lines = []
+    for method in task.methods:
+        if not figures.of_method(method, task.rate):
+            continue
+        cells = [method]
+        for averaged in ("", SWA):
+            own, *others = (figures.values(of, task.rate, f"test{averaged}", "bpc") for of in (method, BASE, ONE))
+            cells += [spread(own), *(ahead(own, other) for other in others)]
+        lines.append([*cells, str(len(own))])
+    columns = ("test", "ahead of base", "ahead of one member")
+    return markdown(["method", *columns, *(f"SWA: {column}" for column in columns), "seeds"], 1, lines)
+
+
+def image_comparison() -> str:
+    """The image classifiers' first table: all methods at the rate that they share."""
+    figures, task = Figures.of("cifar"), TASKS["cifar"]
+    lines = []
+    for method in task.methods:
+        if not figures.of_method(method, task.rate):
+            continue
+        cells = [method]
+        for averaged in ("", SWA):
+            for measure, digits in (("accuracy", 2), ("nll", 3)):
+                own, base = (figures.values(of, task.rate, f"test{averaged}", measure) for of in (method, BASE))
+                cells += [spread(own, digits), ahead(own, base, digits, higher=measure == "accuracy")]
+        lines.append([*cells, str(len(own))])
+    columns = ("accuracy", "ahead of base", "NLL", "ahead of base")
+    return markdown(["method", *columns, *(f"SWA: {column}" for column in columns), "seeds"], 1, lines)
+
+
+# ---- noise ----
+
+NOISE_METHODS = {
+    "base, SWA": (BASE, SWA),
+    "base, linear decay": ("base, linear decay", ""),
+    "accumulation (plain)": ("accumulation (plain)", ""),
+    "late-phase head": ("late-phase head", ""),
+}
+Noise = tuple[int, float]  # windows in a minibatch, rate
+
+
+def predicted_gain(noise: Noise, adam: bool) -> float:
+    """
+    What members gain over plain training on the noisy quadratic problem, in units of that at the LSTM's own noise.
+
+    The closed form is SGD's. Adam divides its steps by the gradients' size; where that is noise, it falls with the
+    root of the minibatch, so that Adam is SGD at a rate that grows with that root.
+
+    Args:
+        noise (`tuple[int, float]`):
+            Windows in a minibatch, and the rate.
+        adam (`bool`):
+            Whether the rate grows so.
+    """
+    hessian = torch.diag(1 / torch.arange(1, 11, dtype=torch.float64))
+    task = TASKS["lstm"]
+
+    def gain(size: int, rate: float) -> float:
+        # Gradients have covariance H / size: those of a likelihood.
+        problem = NoisyQuadratic(hessian, torch.linalg.inv(hessian) / size)
+        rate *= 0.1 / task.rate * (math.sqrt(size / task.batch_size) if adam else 1)
+        base, averaged = Method("base", 1, 0), Method("late-phase, γ = 1/K", 10, 5, 1 / 10)
+        return steady_state_loss(problem, base, rate) - steady_state_loss(problem, averaged, rate)
+
+    return gain(*noise) / gain(task.batch_size, task.rate)
+
+
+def all_runs() -> Figures:
+    """The LSTM's, at all noise."""
+    return Figures(Figures.of("lstm").runs + Figures.of("noise").runs)
+
+
+def noises() -> list[Noise]:
+    """What there are, the most first."""
+    found = {(run["batch_size"], run["rate"]) for run in all_runs().runs}
+    return sorted(found, key=lambda noise: -predicted_gain(noise, adam=True))
+
+
+def gains(method: str, averaged: str = "") -> dict[Noise, list[float]]:
+    """How far a method is ahead of the base without an average, by seed."""
+    figures, found = all_runs(), {}
+    for size, rate in noises():
+        base = {run["seed"]: run["test"]["bpc"] for run in figures.of_method(BASE, rate, size)}
+        own = {run["seed"]: run[f"test{averaged}"]["bpc"] for run in figures.of_method(method, rate, size)}
+        if pairs := [base[seed] - own[seed] for seed in sorted(base.keys() & own.keys())]:
+            found[size, rate] = pairs
+    return found
+
+
+def own_gain() -> float:
+    """Of the members, at the LSTM's own noise."""
+    return statistics.mean(gains("late-phase head")[TASKS["lstm"].batch_size, TASKS["lstm"].rate])
+
+
+def noise_table() -> str:
+    """The gains over the base by noise, measured and predicted."""
+    found = {name: gains(*which) for name, which in NOISE_METHODS.items()}
+    lines = []
+    for noise in noises():
+        size, rate = noise
+        base = all_runs().values(BASE, rate, "test", "bpc", size)
+        cells = [spread(own[noise]) if noise in own else "–" for own in found.values()]
+        predicted = [f"{own_gain() * predicted_gain(noise, adam):.3f}" for adam in (False, True)]
+        lines.append([str(size), f"{rate:g}", spread(base), *cells, *predicted, str(len(base))])
+    header = ["windows", "rate", "base", *(f"{name}: gain" for name in NOISE_METHODS), "predicted, SGD"]
+    return markdown([*header, "predicted, Adam", "seeds of base"], 2, lines)
+
+
+def draw_noise(path: Path) -> None:
+    """The gains over the base against the noise of gradients."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    axes.axhline(0, color="0.6", linewidth=1)
+    x = {noise: predicted_gain(noise, adam=True) for noise in noises()}
+    for shift, (colour, marker, (name, which)) in enumerate(zip(COLOURS, "os^D", NOISE_METHODS.items(), strict=False)):
+        found = gains(*which)
+        means = [statistics.mean(own) for own in found.values()]
+        errors = [statistics.stdev(own) if len(own) > 1 else 0 for own in found.values()]
+        places = [x[noise] + 0.012 * (shift - 1.5) for noise in found]  # so that no bar hides another
+        axes.errorbar(places, means, errors, color=colour, marker=marker, capsize=3, markersize=5)
+        # At the end of a line; a point alone has lines to its right.
+        text, side = (f"  {name}", "left") if len(found) > 1 else (f"{name}   ", "right")
+        axes.annotate(text, (places[0], means[0]), color=colour, va="center", ha=side, fontsize=9)
+    places = list(x.values())
+    axes.plot(places, [own_gain() * place for place in places], color="0.35", linestyle="--")
+    axes.annotate("  members, predicted", (places[0], own_gain() * places[0]), color="0.35", va="top", fontsize=9)
+    names = [f"{place:.2f}\n{size} windows\nrate {rate:g}" for (size, rate), place in x.items()]
+    axes.set_xticks(places, names, fontsize=8)
+    axes.set_xlim(min(places) - 0.1, max(places) + 0.45)
+    axes.set_xlabel("noise that Adam's steps carry: rate / √windows, relative to that of the first table")
+    axes.set_ylabel("gain over base, bits per character")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+# ---- what to use ----
+
+
+def best_first(name: str, measure: str) -> list[tuple[str, list[float]]]:
+    """A task's methods, with and without SWA, at the rate that all share; the best mean on test first."""
+    figures, task = Figures.of(name), TASKS[name]
+    found = {
+        method + averaged: figures.values(method, task.rate, f"test{averaged}", measure)
+        for method in task.methods
+        for averaged in ("", SWA)
+    }
+    sign = -1 if measure == "accuracy" else 1
+    return sorted(((key, own) for key, own in found.items() if own), key=lambda item: sign * statistics.mean(item[1]))
+
+
+def what_to_use() -> str:
+    """All that cost the same, the best first, with its distance from the best."""
+    lines = []
+    for name, measure, digits in (("lstm", "bpc", 3), ("cifar", "accuracy", 2)):
+        ranked = best_first(name, measure)
+        for key, own in ranked:
+            behind = ahead(ranked[0][1], own, digits, higher=measure == "accuracy")
+            unit = "bits per character" if measure == "bpc" else "accuracy in per cent"
+            lines.append([f"{name}, {unit}", key, spread(own, digits), behind, str(len(own))])
+    return markdown(["", "method", "test", "behind the best by", "seeds"], 2, lines)
+
+
+# ---- the demo ----
+
+# By the demo's name, what it is called here.
+DEMO = {"late_phase": "late-phase head", "base": "base", "accumulation": "accumulation (plain)"}
+
+
+def demo() -> str:
+    """What `make demo` shows, over all seeds; one member of a head is the base."""
+    figures, rate = Figures.of("lstm"), TASKS["lstm"].rate
+    late = figures.values(DEMO["late_phase"], rate, "test", "bpc")
+    lines = []
+    for method, key in DEMO.items():
+        own, averaged = (figures.values(key, rate, f"test{which}", "bpc") for which in ("", SWA))
+        cells = [spread(own), ahead(late, own), spread(averaged), ahead(late, averaged)]
+        lines.append([f"`{method}`", *cells, str(len(own))])
+    columns = ("at the end", "late-phase ahead by", "with SWA", "late-phase ahead by", "seeds")
+    header = ["bits per character, on test", *columns]
+    return markdown(header, 1, lines)
+
+
+# Where each table stands.
+TABLES = {
+    "regime_lstm": (lambda: comparison("lstm"), (RESULTS_PAGE, RESULTS)),
+    "regime_cifar": (image_comparison, (RESULTS_PAGE, RESULTS)),
+    "regime_noise": (noise_table, (RESULTS_PAGE, RESULTS)),
+    "what_to_use": (what_to_use, (RESULTS_PAGE, RESULTS)),
+    "demo": (demo, (README,)),
+}
+
+
+def write_report() -> None:
+    """Writes all tables and the figure anew, as soon as every task that they need has run."""
+    if not all(Figures.of(name) for name in ("lstm", "cifar", "noise")):
+        return
+    for mark, (table, pages) in TABLES.items():
+        for page in pages:
+            put_into_page(page, mark, table())
+    draw_noise(PLOT)

@@ -1,0 +1,267 @@
+"""Where noise limits training: the runs parse, validation chooses, the tables are made from the figures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+import paper_cifar
+import regime
+import regime_report
+import run_cifar
+import run_enwik8
+from common.recipe import parse_arguments
+from hf_latephase import LatePhaseConfig
+from regime_settings import RECIPES, SWEEP, TASKS, setting
+from runs import RESULTS_PAGE, difference, with_table
+
+
+TYPES = {
+    "run_enwik8.py": (
+        *(run_enwik8.LanguageModelArguments, run_enwik8.DataArguments, run_enwik8.MethodArguments),
+        *(LatePhaseConfig, TrainingArguments),
+    ),
+    "run_cifar.py": (
+        *(run_cifar.ModelArguments, run_cifar.ImageArguments, run_cifar.MethodArguments),
+        *(LatePhaseConfig, TrainingArguments),
+    ),
+}
+LANGUAGE = Path(run_enwik8.__file__).parent
+every_task = pytest.mark.parametrize("name", TASKS)
+
+
+@every_task
+def test_every_method_sees_as_much_at_the_same_rate(name, tmp_path) -> None:
+    task = TASKS[name]
+    names = set()
+    for method in task.methods:
+        own = setting(name, method, 7)
+        run = own.run(tmp_path)
+        names.add(run.folder)
+        *_, methods, config, args = parse_arguments(
+            TYPES[task.script], [*run.arguments, f"--output_dir={tmp_path}", "--use_cpu"]
+        )
+        assert len(methods.method) == 1
+        assert (methods.method == ["late_phase"]) == method.startswith("late-phase")
+        assert (args.seed, args.learning_rate, args.max_steps) == (7, task.rate, task.steps)
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (task.batch_size, 1)
+        assert (config.num_members, config.late_phase_start, config.base_gradient_scale) == (10, 0.6, 1.0)
+        assert config.swa_start == 0.7
+    assert len(names) == len(task.methods)  # no folder for two
+
+
+def test_other_noise_differs_in_nothing_else() -> None:
+    task = TASKS["lstm"]
+    assert len(set(SWEEP)) == len(SWEEP)
+    for own in SWEEP:
+        usual = setting("lstm", own.method, own.seed)
+        assert own != usual
+        assert replace(own, batch_size=task.batch_size, rate=task.rate) == usual
+
+
+def test_what_has_run_is_read_not_repeated(tmp_path, monkeypatch) -> None:
+    ran = []
+
+    def run_all(runs, workers):
+        for run in runs:
+            if not run.is_finished:
+                ran.append(run.folder)
+                run.folder.mkdir(parents=True)
+                result = {
+                    "scores": {"validation": 1.0, "test": 2.0},
+                    "averaged_scores": {"validation": 3.0, "test": 4.0},
+                }
+                report = {"settings": {"torch": "1", "transformers": "2"}, "results": [result | {"minutes": 1.0}]}
+                (run.folder / "results.json").write_text(json.dumps(report))
+                (run.folder / "finished").touch()
+
+    monkeypatch.setattr(regime, "run_all", run_all)
+    monkeypatch.setattr(regime, "figures_of", lambda name: tmp_path / f"{name}.json")
+    monkeypatch.setattr(regime, "write_report", lambda: None)
+    monkeypatch.setattr("sys.argv", ["regime.py", "--task=lstm", f"--output_dir={tmp_path / 'out'}"])
+    regime.main()
+    record = json.loads((tmp_path / "lstm.json").read_text())
+    methods = TASKS["lstm"].methods
+    assert len(record["runs"]) == len(ran) == sum(method.seeds for method in methods.values())
+    assert record["environment"]["torch"] == "1" and str(tmp_path) not in json.dumps(record)
+    run = record["runs"][0]
+    assert (run["method"], run["seed"], run["test"], run["validation, SWA"]) == ("base", 0, {"bpc": 2.0}, {"bpc": 3.0})
+    regime.main()
+    assert len(ran) == len(record["runs"])  # nothing runs twice
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"task": "mine"}, "task must be one of"), ({"task": "cifar"}, "dataset names"),
+     ({"task": "lstm", "dataset": "x"}, "dataset names")],
+)  # fmt: skip
+def test_what_is_refused(flags, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        regime.RegimeArguments(**flags)
+
+
+def test_the_closed_form_falls_with_noise() -> None:
+    task = TASKS["lstm"]
+    gain = regime_report.predicted_gain
+    assert gain((task.batch_size, task.rate), adam=False) == 1
+    # Linear in the noise's variance, exactly.
+    assert gain((2 * task.batch_size, task.rate), adam=False) == pytest.approx(0.5, rel=1e-12)
+    # And to first order in the rate.
+    assert gain((task.batch_size, task.rate / 2), adam=True) == pytest.approx(0.5, abs=0.03)
+    assert gain((2 * task.batch_size, task.rate), adam=True) == pytest.approx(0.5**0.5, abs=0.03)
+
+
+def test_what_is_recorded_of_an_image_classifier() -> None:
+    scores = {"accuracy": 0.5, "nll": 1.0, "brier_score": 0.6}
+    better = {"accuracy": 0.6, "nll": 0.9, "brier_score": 0.5}
+    results = [
+        {"method": "late_phase", "variant": variant, "minutes": 1.5, "scores": {"validation": own, "test": own}}
+        for variant, own in (("", scores), ("SWA", better), ("ensemble", better), ("SWA, ensemble", scores))
+    ]
+    record = regime.records_of(setting("cifar", "base", 3), {"results": results})
+    assert (record["seed"], record["minutes"]) == (3, 1.5)
+    assert record["test"] == record["validation"] == {"accuracy": 0.5, "nll": 1.0}
+    assert record["test, SWA"] == {"accuracy": 0.6, "nll": 0.9}
+
+
+def test_ahead_means_better() -> None:
+    # By hand: differences 1, 2, 3; their standard deviation is 1, and t(0.975, 2) = 4.3027.
+    assert regime_report.ahead([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], 2) == "+2.00 ± 2.48"
+    assert regime_report.ahead([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], 2, higher=True) == "+2.00 ± 2.48"
+    assert regime_report.ahead([1.0], [2.0]) == "–"
+
+
+# ---- what is recorded, and what is said of it ----
+
+
+def recorded(name: str) -> list[dict]:
+    return json.loads(regime_report.figures_of(name).read_text(encoding="utf-8"))["runs"]
+
+
+def test_tables_are_made_from_the_figures() -> None:
+    for mark, (table, pages) in regime_report.TABLES.items():
+        for path in pages:
+            page = path.read_text(encoding="utf-8")
+            assert page == with_table(page, mark, table()), (mark, path)
+            # A figure that is not the runs' would show.
+            assert page != with_table(page, mark, table().replace("1", "7", 1))
+
+
+@pytest.mark.parametrize("name", regime.PLANS)
+def test_every_run_that_the_command_makes_is_recorded(name) -> None:
+    if name == "gpt2":
+        assert not regime_report.figures_of(name).exists()  # not run yet: docs/results.md says so
+        return
+    keys = ("method", "rate", "batch_size", "steps", "seed")
+    runs = [tuple(run[key] for key in keys) for run in recorded(name)]
+    assert runs == [tuple(getattr(own, key) for key in keys) for own in regime.plan(name)]
+
+
+def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
+    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+    figures, rate = regime_report.Figures.of("lstm"), TASKS["lstm"].rate
+    head, rank1, one, base = "late-phase head", "late-phase rank-1", "one member (rank-1)", "base"
+
+    def test(method: str, averaged: str = "") -> list[float]:
+        return figures.values(method, rate, f"test{averaged}", "bpc")
+
+    def ahead(own: list[float], other: list[float], excludes_zero: bool = True) -> str:
+        mean, width = difference(other, own)
+        assert (mean - width > 0) == excludes_zero
+        return f"{mean:.3f} ± {width:.3f}"
+
+    assert f"output layers are ahead of base**, by {ahead(test(head), test(base))}." in words
+    assert f"rank-1 weights are ahead of their one member**, by {ahead(test(rank1), test(one))}." in words
+    ahead(test(rank1), test(base), excludes_zero=False)
+    cost = statistics.mean(test(one)) - statistics.mean(test(base))
+    assert f"the rank-1 parameters alone cost {cost:.3f}" in words
+    swa = ", SWA"
+    assert f"of the output layer with SWA by {ahead(test(base, swa), test(head, swa))}." in words
+    best = statistics.mean(test(base, swa))
+    late = [method for method in TASKS["lstm"].methods if method.startswith("late-phase")]
+    assert all(best < statistics.mean(test(method, averaged)) for method in late for averaged in ("", swa))
+    guide = " ".join((RESULTS_PAGE.parent / "guide.md").read_text(encoding="utf-8").split())
+    assert f"limits training they gain {difference(test(base), test(head))[0]:.3f} bits, and an average" in guide
+    accumulation = test("accumulation (plain)")
+    mean, width = difference(accumulation, test(head)[: len(accumulation)])
+    assert abs(mean) < width  # level
+
+
+def test_the_demo_is_what_its_table_is_made_of() -> None:
+    """Its recipe says what the benchmark's says, with the flags of the late-phase row; the rest is what it shows."""
+    demo, own = (
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in (LANGUAGE / "recipes" / "enwik8_demo.yaml", RECIPES / "regime_lstm.yaml")
+    )
+    shown = {"curve_bytes", "sample_bytes", "eval_strategy", "eval_steps", "logging_steps"}
+    assert {key: value for key, value in own.items() if key not in {*shown, "weights"}}.items() <= demo.items()
+    assert demo.keys() - own.keys() - shown == {"method", "output_dir", "seed"}
+    assert demo["weights"] == ["head"] and demo["method"] == list(regime_report.DEMO)
+    assert TASKS["lstm"].methods[regime_report.DEMO["late_phase"]].flags == ["--method=late_phase", "--weights=head"]
+
+
+# ---- on a GPU, as the paper trains ----
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Two classes of noise on dark and on bright ground."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 64), ("test", 8)):
+        for label, name in enumerate(("dark", "light")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(count):
+                image = rng.integers(100 * label, 100 * label + 120, (32, 32, 3), dtype=np.uint8)
+                PIL.Image.fromarray(image).save(tmp_path / "data" / split / name / f"{index}.png")
+    return tmp_path / "data"
+
+
+def test_the_papers_runs_in_small(folder, tmp_path, monkeypatch, capsys) -> None:
+    arguments = paper_cifar.PaperArguments(
+        dataset=str(folder), model="10-1", max_steps=20, loaders=0, device="cpu", output_dir=str(tmp_path / "out")
+    )
+    runs = [paper_cifar.make_run(arguments, method, 0) for method in paper_cifar.METHODS]
+    for run in runs:
+        *_, config, args = parse_arguments(TYPES["run_cifar.py"], [*run.arguments, "--output_dir=out", "--use_cpu"])
+        assert (config.num_members, args.per_device_train_batch_size, args.num_train_epochs) == (10, 128, 200)
+    times = iter([0, 0, 0, 2 * 60])
+    paper_cifar.run_until(runs, 1, lambda: next(times))  # no time is left for the third
+    assert [run.is_finished for run in runs] == [True, True, False]
+    assert "call this again for 10-1-cifar10_swa-accumulation-0" in capsys.readouterr().out
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps(paper_cifar.collect_finished(runs, path, "cpu")))
+    methods = {record["method"] for record in json.loads(path.read_text())["runs"]}
+    assert {"base", "base, SWA", "late_phase", "late_phase, SWA"} <= methods
+    # What is recorded stays where the runs' folder is gone, and a run that was cut off goes on where it was.
+    runs[0].folder.rename(tmp_path / "gone")
+    resumed = runs[1].folder / "late_phase"
+    (runs[1].folder / "finished").unlink()
+    assert any(resumed.glob("checkpoint-*"))
+    runs[1].start()
+    assert runs[1].is_finished
+    again = paper_cifar.collect_finished(runs, path, "cpu")
+    assert {record["method"] for record in again["runs"]} == methods
+    assert "10-1 | cifar10_swa | base, SWA" in paper_cifar.table(again["runs"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "cuda"}, "torch sees no GPU"),
+        ({"recipe": "cifar100_swa"}, "recipe must be"),
+        ({"dataset": "nowhere"}, "is no folder"),
+    ],
+)
+def test_what_the_papers_script_refuses(change, message, folder, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        paper_cifar.PaperArguments(**{"dataset": str(folder), "device": "cpu"} | change)
