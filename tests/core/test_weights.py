@@ -691,3 +691,14 @@ def test_a_recurrent_layer_computes_its_weights_once_a_call(kind: Any, monkeypat
     assert len(model[0]._flat_weights) == 8 and counted == [4, 4]  # whoever else reads them gets them anew
     late_phase.detach()
     assert not [name for name in vars(model[0]) if name.startswith("_latephase")]
+
+
+def test_detached_stacks_come_in_the_order_of_attached_ones() -> None:
+    """Who joins them to one vector, as the notebook does, must get the same one."""
+    late_phase = LatePhase(gpt2(), LatePhaseConfig(num_members=2, weights=["norm", "rank1"]))
+    late_phase.release()
+    attached = list(late_phase.stacks())
+    late_phase.detach()
+    assert list(late_phase.stacks()) == attached
+    with late_phase.attached():
+        assert list(late_phase.stacks()) == attached
