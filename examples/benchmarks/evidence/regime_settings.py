@@ -89,7 +89,7 @@ TASKS = {
             "base": Method(BASE, 5),
             "one member (rank-1)": Method([*ONE, RANK1], 5),
             "accumulation (rank-1)": Method([*ACCUMULATION, RANK1], 2),
-            "accumulation (plain)": Method([*ACCUMULATION, HEAD], 4),
+            "accumulation (plain)": Method([*ACCUMULATION, HEAD], 5),
             "late-phase rank-1": Method([*LATE, RANK1], 5),
             "late-phase head": Method([*LATE, HEAD], 5),
             "late-phase rank-1 and head": Method([*LATE, "--weights", "rank1", "head"], 2),
