@@ -89,11 +89,11 @@ TASKS = {
             "base": Method(BASE, 5),
             "one member (rank-1)": Method([*ONE, RANK1], 5),
             "accumulation (rank-1)": Method([*ACCUMULATION, RANK1], 2),
-            "accumulation (plain)": Method([*ACCUMULATION, HEAD], 4),
+            "accumulation (plain)": Method([*ACCUMULATION, HEAD], 5),
             "late-phase rank-1": Method([*LATE, RANK1], 5),
             "late-phase head": Method([*LATE, HEAD], 5),
             "late-phase rank-1 and head": Method([*LATE, "--weights", "rank1", "head"], 2),
-            "base, linear decay": Method([*BASE, "--decay_after_start=true"], 1),
+            "base, linear decay": Method([*BASE, "--decay_after_start=true"], 2),
         },
     ),
     "gpt2": Task(
@@ -125,7 +125,7 @@ def setting(task: str, method: str, seed: int, rate: float | None = None) -> Set
 
 
 # Other noise, all else being equal: (windows in a minibatch, rate).
-NOISES = [(2, 0.005), (4, 0.0025)]
+NOISES = [(2, 0.005), (8, 0.005), (4, 0.0025)]
 SWEEP = [
     replace(setting("lstm", method, 0, rate), batch_size=size)
     for size, rate in NOISES
