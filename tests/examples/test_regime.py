@@ -195,6 +195,21 @@ def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
     assert abs(mean) < width  # level
 
 
+def test_what_is_said_of_the_image_classifier_is_what_the_figures_say() -> None:
+    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+    figures, rate = regime_report.Figures.of("cifar"), TASKS["cifar"].rate
+
+    def test(method: str, averaged: str = "") -> list[float]:
+        return figures.values(method, rate, f"test{averaged}", "accuracy")
+
+    late, swa = "late-phase norm and head", ", SWA"
+    assert all(own > base for own, base in zip(test(late), test("base"), strict=True))
+    mean, width = difference(test(late), test("base"))
+    assert mean < width and f"by {mean:.2f} points on average" in words and f"± {width:.2f}, includes zero" in words
+    mean, width = difference(test("base", swa), test(late, swa))
+    assert mean > width and f"With SWA base is ahead by {mean:.2f} ± {width:.2f}." in words
+
+
 def test_the_demo_is_what_its_table_is_made_of() -> None:
     """Its recipe says what the benchmark's says, with the flags of the late-phase row; the rest is what it shows."""
     demo, own = (

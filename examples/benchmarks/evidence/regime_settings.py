@@ -93,7 +93,7 @@ TASKS = {
             "late-phase rank-1": Method([*LATE, RANK1], 5),
             "late-phase head": Method([*LATE, HEAD], 5),
             "late-phase rank-1 and head": Method([*LATE, "--weights", "rank1", "head"], 2),
-            "base, linear decay": Method([*BASE, "--decay_after_start=true"], 2),
+            "base, linear decay": Method([*BASE, "--decay_after_start=true"], 5),
         },
     ),
     "gpt2": Task(
@@ -111,8 +111,8 @@ TASKS = {
         *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml", 0.1),
         *(25, 2000),
         {
-            "base": Method(BASE, 2),
-            "late-phase norm and head": Method(LATE, 2),
+            "base": Method(BASE, 3),
+            "late-phase norm and head": Method(LATE, 3),
         },
     ),
 }
