@@ -63,9 +63,8 @@ class _LoopHooks(_Trainer):
             cls.training_step = training_step
 
     _run_trial: Any = None
-    _sync_gradients = True
+    _sync_gradients = _is_first_update = True
     _tr_loss: Any = 0.0  # the loop's sum, a local variable there
-    _is_first_update = True
 
     def _inner_training_loop(self, batch_size: Any = None, args: Any = None, **kwargs: Any) -> Any:
         self.accelerator.clip_grad_norm_ = lambda *_: self._with_own_norm(self._clip_grad_norm)

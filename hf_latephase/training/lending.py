@@ -40,7 +40,8 @@ class LendingMixin(TrainerHooks):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Checks every model that `model_init` makes."""
         model = super().call_model_init(trial)
-        self._take(model)
+        if hasattr(self, "args"):  # sentence-transformers makes one for itself before it constructs its Trainer
+            self._take(model)
         return model
 
     def _take(self, model: nn.Module) -> None:

@@ -159,3 +159,18 @@ def test_the_evaluator_scores_the_averaged_model(tmp_path) -> None:
     scores = [log for log in run.state.log_history if "eval_pearson_cosine" in log]
     expected = evaluator(run.averaged_model())["pearson_cosine"]
     assert scores[-1]["eval_pearson_cosine"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_model_init(tmp_path) -> None:
+    """It is called once before there is a Trainer, too."""
+    torch.manual_seed(0)
+    args = st.SentenceTransformerTrainingArguments(str(tmp_path), **{**CPU, "max_steps": 4, "save_strategy": "no"})
+    stock: Any = st.SentenceTransformerTrainer
+    run = type("Late", (LatePhaseMixin, stock), {})(
+        model=None, model_init=lambda: bi_encoder(tmp_path), args=args, train_dataset=pairs(24),
+        loss=losses.CosineSimilarityLoss(bi_encoder(tmp_path)),
+        late_phase_config=config(2, ["norm"], late_phase_start=0),
+    )  # fmt: skip
+    run.train()
+    assert run.late_phase.model is run.model and run.loss.model is run.model
+    assert run.late_phase.distance_from_mean() > 0

@@ -88,7 +88,8 @@ def make(folder: Path, kind: str, late: LatePhaseConfig | None = None, model: An
         model = type(model).from_pretrained(folder / "base")
     extra = kwargs.pop("extra", {})
     values = {**CPU, "max_steps": 6, "save_strategy": "no", "lr_scheduler_type": "constant", **settings, **kwargs}
-    strategy = {} if HAS_STRATEGY else {"train_sampling_strategy": values.pop("train_sampling_strategy", "random")}
+    usual = "sequential" if kind == "kto" else "random"  # TRL's own choice where Trainer knows the argument
+    strategy = {} if HAS_STRATEGY else {"train_sampling_strategy": values.pop("train_sampling_strategy", usual)}
     args = getattr(trl, args_class)(str(folder), **values)
     vars(args).update(strategy)  # read by tiny's sampler
     own = {} if late is None else {"late_phase_config": late}
