@@ -392,7 +392,7 @@ class NoNorms(nn.Module):
 
 
 @pytest.mark.parametrize("weights", [None, [], ["norm"], ["head"]], ids=str)
-@pytest.mark.parametrize("average", [{"ema_decay": 0.5}, {"swa_start": 1}], ids=["ema", "swa"])
+@pytest.mark.parametrize("average", [{"ema_decay": 0.5, "ema_start": 1}, {"swa_start": 1}], ids=["ema", "swa"])
 def test_averaging_alone_attaches_nothing(tmp_path: Path, weights: Any, average: dict[str, Any]) -> None:
     torch.manual_seed(0)
     plain_model = NoNorms()
