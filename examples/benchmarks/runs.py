@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -104,7 +105,12 @@ def collect(
         report = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
         records += [run.labels | record for record in records_of(report)]
         versions = {name: report["settings"][name] for name in libraries}
-    return {"command": " ".join(["python", *sys.argv]), "environment": environment() | versions, "runs": records}
+    return {"command": command_line(), "environment": environment() | versions, "runs": records}
+
+
+def command_line() -> str:
+    """What was called, without where this machine keeps its files."""
+    return " ".join(["python", *(re.sub(r"(^|=)/.*/", r"\1path/to/", word) for word in sys.argv)])
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -192,3 +193,13 @@ def test_runs_side_by_side_have_a_thread_each(tmp_path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run([sys.executable, "benchmark.py"], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "out" / "log.txt").read_text() == "1\n"
+
+
+def test_a_recorded_command_names_no_folder_of_the_machine(monkeypatch) -> None:
+    words = ["examples/a.py", "--dataset", "/home/me/data/cifar10", "--data_file=/tmp/enwik6", "--steps", "2/3"]
+    monkeypatch.setattr("sys.argv", words)
+    shown = "examples/a.py --dataset path/to/cifar10 --data_file=path/to/enwik6 --steps 2/3"
+    assert runs.command_line() == f"python {shown}"
+    recorded = [path.read_text(encoding="utf-8") for path in runs.EXAMPLES.rglob("*.json")]
+    commands = [line for text in recorded for line in text.splitlines() if '"command"' in line]
+    assert len(commands) > 5 and not [line for line in commands if re.search(r"[ =]/", line)]
