@@ -63,6 +63,11 @@ class Cycle:
         """Whether a cycle is just what Trainer does in one step."""
         return self.num_members == 1 and self.steps_per_cycle == 1
 
+    def accumulation_for_one_step(self, accumulation_steps: int) -> int:
+        """Returns the fewest minibatches to a step, from `accumulation_steps` on, that make a cycle one step."""
+        whole = self.length // math.gcd(self.length, self.num_processes)
+        return whole * math.ceil(accumulation_steps / whole)
+
     def next_member(self) -> int:
         """Counts one minibatch of each process and returns the member that this process runs it with."""
         member = (self.rounds * self.num_processes + self.process_index) % self.num_members

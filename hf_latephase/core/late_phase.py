@@ -113,10 +113,10 @@ class LatePhase:
         """
         if self.is_attached:
             kept = keep(self.model, self._attachments) if self.num_members > 1 and self.released else {}
-            order = {name: position for position, name in enumerate(self.model.state_dict())}
-            self._take_off(self._averaged_targets())
             # In the model's order, as `stacks` gives them before and after.
-            self._kept = dict(sorted(kept.items(), key=lambda item: order[item[0]]))
+            kept = {name: kept[name] for name in self.model.state_dict() if name in kept}
+            self._take_off(self._averaged_targets())
+            self._kept = kept
         return self.model
 
     @contextlib.contextmanager

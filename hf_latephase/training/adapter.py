@@ -40,20 +40,17 @@ class TrainerAdapter:
     @property
     def args(self) -> TrainingArguments:
         """Its arguments."""
-        args: TrainingArguments = self._trainer.args
-        return args
+        return self._trainer.args
 
     @property
     def accelerator(self) -> Accelerator:
         """Its accelerator."""
-        accelerator: Accelerator = self._trainer.accelerator
-        return accelerator
+        return self._trainer.accelerator
 
     @property
     def state(self) -> TrainerState:
         """Where it stands."""
-        state: TrainerState = self._trainer.state
-        return state
+        return self._trainer.state
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -63,14 +60,12 @@ class TrainerAdapter:
     @property
     def model(self) -> nn.Module | None:
         """Its model, unless `model_init` has yet to make one."""
-        model: nn.Module | None = self._trainer.model
-        return model
+        return self._trainer.model
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
         """Its callbacks."""
-        callbacks: list[TrainerCallback] = self._trainer.callback_handler.callbacks
-        return callbacks
+        return self._trainer.callback_handler.callbacks
 
     @property
     def train_dataset(self) -> Any:
@@ -80,8 +75,7 @@ class TrainerAdapter:
     @property
     def train_batch_size(self) -> int:
         """The rows of a minibatch of this process, as `auto_find_batch_size` may have changed them."""
-        rows: int = self._trainer._train_batch_size
-        return rows
+        return self._trainer._train_batch_size
 
     @property
     def is_deepspeed_enabled(self) -> bool:
@@ -114,8 +108,7 @@ class TrainerAdapter:
     @property
     def accumulation_steps(self) -> int:
         """The minibatches of the current step; fewer where an epoch ends."""
-        steps: int = self._trainer.current_gradient_accumulation_steps
-        return steps
+        return self._trainer.current_gradient_accumulation_steps
 
     def own_items(self, inputs: Any, num_items_in_batch: Any) -> Any:
         """What stands for Trainer's count of the targets of a whole step: that of the minibatch, if there is one."""
@@ -196,8 +189,7 @@ class TrainerAdapter:
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Its training set in minibatches."""
-        loader: DataLoader[Any] = self._trainer.get_train_dataloader()
-        return loader
+        return self._trainer.get_train_dataloader()
 
     def forward(self, minibatch: Any) -> None:
         """Runs the model on a minibatch as training does, for what its layers keep of it."""
@@ -210,14 +202,12 @@ class TrainerAdapter:
     @property
     def loss_since_log(self) -> Tensor:
         """The sum of this process's losses since the last log."""
-        loss: Tensor = self._trainer._tr_loss
-        return loss
+        return self._trainer._tr_loss
 
     @property
     def last_logged(self) -> int:
         """The step of the last log."""
-        step: int = self._trainer._globalstep_last_logged
-        return step
+        return self._trainer._globalstep_last_logged
 
     def go_on_logging(self, loss_since_log: Tensor, last_logged: int) -> None:
         """Takes over what a checkpoint's run had not yet logged."""

@@ -46,8 +46,7 @@ class MemberMonitor:
         if self._sums is None:
             return None
         counts = torch.tensor(self._counts, dtype=self._sums.dtype, device=self._sums.device)
-        total: Tensor = self._trainer.accelerator.reduce(torch.stack([self._sums, counts]), "sum")
-        return total
+        return self._trainer.accelerator.reduce(torch.stack([self._sums, counts]), "sum")
 
     def restore(self, collected: Tensor | None) -> None:
         """Goes on from what a checkpoint's run had collected; one process takes it over for all."""

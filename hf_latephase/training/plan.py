@@ -68,8 +68,7 @@ def make_plan(
         f"{_count(minibatches, 'minibatch', 'minibatches')} to a cycle, base_gradient_scale={base_gradient_scale:g}"
     )
     if updates < without:
-        whole = cycle.length // math.gcd(cycle.length, cycle.num_processes)
-        keeps = whole * math.ceil(accumulation_steps / whole)
+        keeps = cycle.accumulation_for_one_step(accumulation_steps)
         effect = (
             f"After step {start:,} the base takes {_count(updates, 'update')} instead of {without:,}; "
             f"gradient_accumulation_steps={keeps} would keep all"

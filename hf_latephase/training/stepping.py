@@ -27,6 +27,18 @@ from .process_statistics import ProcessStatistics
 logger = logging.get_logger(__name__)
 
 
+def make_cycle(config: LatePhaseConfig, trainer: TrainerAdapter) -> Cycle:
+    """Returns a cycle that fits a config and a trainer's arguments, at its beginning."""
+    return Cycle(
+        num_members=config.num_members,
+        length=config.cycle_length,
+        accumulation_steps=trainer.args.gradient_accumulation_steps,
+        num_processes=trainer.accelerator.num_processes,
+        process_index=trainer.accelerator.process_index,
+        by_sample=config.member_assignment == "sample",
+    )
+
+
 class Stepping:
     """
     Makes a cycle of a trainer's steps: weighs losses, holds gradients until every member has its own, clips once.
@@ -111,15 +123,7 @@ class Stepping:
 
     def new_cycle(self) -> Cycle:
         """Returns a cycle that fits the config and the trainer's arguments, at its beginning."""
-        config, accelerator = self._config, self._trainer.accelerator
-        return Cycle(
-            num_members=config.num_members,
-            length=config.cycle_length,
-            accumulation_steps=self._trainer.args.gradient_accumulation_steps,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-            by_sample=config.member_assignment == "sample",
-        )
+        return make_cycle(self._config, self._trainer)
 
     @property
     def in_cycles(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +11,7 @@ from packaging.version import Version
 from ..compat import DEEPSPEED, LOOP_HAS_HOOKS
 from ..config import LatePhaseConfig
 from .adapter import TrainerAdapter
+from .stepping import make_cycle
 
 
 def check_deepspeed(trainer: TrainerAdapter, config: LatePhaseConfig) -> None:
@@ -78,15 +78,13 @@ def _check_stage(stage: int) -> None:
 
 
 def _check_cycle(trainer: TrainerAdapter, config: LatePhaseConfig) -> None:
-    processes, steps = trainer.accelerator.num_processes, trainer.args.gradient_accumulation_steps
-    length = config.cycle_length or (1 if config.member_assignment == "sample" else config.num_members)
-    if (steps * processes) % length == 0:
+    cycle, steps = make_cycle(config, trainer), trainer.args.gradient_accumulation_steps
+    if cycle.steps_per_cycle == 1:
         return
-    whole = length // math.gcd(length, processes)
     raise ValueError(
-        f"A cycle of {length} minibatches would span several steps with gradient_accumulation_steps={steps} on "
-        f"{processes} processes, but DeepSpeed's engine steps at the end of each. Set gradient_accumulation_steps="
-        f"{whole * math.ceil(steps / whole)}, or use DDP."
+        f"A cycle of {cycle.length} minibatches would span several steps with gradient_accumulation_steps={steps} on "
+        f"{cycle.num_processes} processes, but DeepSpeed's engine steps at the end of each. Set "
+        f"gradient_accumulation_steps={cycle.accumulation_for_one_step(steps)}, or use DDP."
     )
 
 

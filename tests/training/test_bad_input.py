@@ -542,7 +542,7 @@ def test_what_deepspeed_cannot_do_is_refused(
     monkeypatch.setattr(zero_support, "version", lambda name: "0.19.8")
     monkeypatch.setattr(zero_support, "LOOP_HAS_HOOKS", True)
     args = Stub(gradient_accumulation_steps=steps, auto_find_batch_size=False)
-    fake: Any = Stub(args=args, deepspeed_config=settings, accelerator=Stub(num_processes=2))
+    fake: Any = Stub(args=args, deepspeed_config=settings, accelerator=Stub(num_processes=2, process_index=0))
     if message is not None:
         with pytest.raises(ValueError, match=message):
             zero_support.check_deepspeed(fake, LatePhaseConfig(**config))
