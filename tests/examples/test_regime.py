@@ -126,7 +126,8 @@ def test_what_is_recorded_of_an_image_classifier() -> None:
         {"method": "late_phase", "variant": variant, "minutes": 1.5, "scores": {"validation": own, "test": own}}
         for variant, own in (("", scores), ("SWA", better), ("ensemble", better), ("SWA, ensemble", scores))
     ]
-    record = regime.records_of(setting("cifar", "base", 3), {"results": results})
+    (found,) = regime.records_of({"results": results})
+    record = setting("cifar", "base", 3).run(Path()).labels | found
     assert (record["seed"], record["minutes"]) == (3, 1.5)
     assert record["test"] == record["validation"] == {"accuracy": 0.5, "nll": 1.0}
     assert record["test, SWA"] == {"accuracy": 0.6, "nll": 0.9}

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `runs` is
 
 from regime_report import figures_of, write_report
 from regime_settings import SWEEP, TASKS, Setting, setting
-from runs import environment, run_all
+from runs import collect, run_all
 
 
 LIBRARIES = ("torch", "transformers")
@@ -51,10 +50,9 @@ class RegimeArguments:
             raise ValueError("dataset names the images of the task cifar: give it there, and there only.")
 
 
-def records_of(own: Setting, report: dict[str, Any]) -> dict[str, Any]:
+def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What a run has brought: measures by split, of the final weights and of their average over time."""
-    record: dict[str, Any] = {key: value for key, value in asdict(own).items() if key != "task"}
-    record["minutes"] = round(report["results"][0]["minutes"], 2)
+    record: dict[str, Any] = {"minutes": round(report["results"][0]["minutes"], 2)}
     for result in report["results"]:
         if "variant" in result:  # an image classifier: a result for each kind of prediction
             if "ensemble" in result["variant"]:
@@ -72,16 +70,7 @@ def records_of(own: Setting, report: dict[str, Any]) -> dict[str, Any]:
         for averaged, scores in found.items():
             for split, values in scores.items():
                 record[split + averaged * ", SWA"] = values
-    return record
-
-
-def read(settings: Sequence[Setting], folder: Path) -> list[dict[str, Any]]:
-    """The figures of runs that have finished."""
-    paths = [own.run(folder).folder / "results.json" for own in settings]
-    return [
-        records_of(own, json.loads(path.read_text(encoding="utf-8")))
-        for own, path in zip(settings, paths, strict=True)
-    ]
+    return [record]
 
 
 def plan(name: str) -> list[Setting]:
@@ -93,24 +82,13 @@ def plan(name: str) -> list[Setting]:
     return [setting(name, key, seed) for seed in range(last) for key, own in methods.items() if seed < own.seeds]
 
 
-def versions(settings: Sequence[Setting], folder: Path) -> dict[str, str]:
-    """Those that figures depend on, from a run's settings."""
-    report = json.loads((settings[0].run(folder).folder / "results.json").read_text(encoding="utf-8"))
-    return {name: report["settings"][name] for name in LIBRARIES}
-
-
 def main() -> None:
     """Runs what has not finished and writes figures and tables."""
     (arguments,) = HfArgumentParser(RegimeArguments).parse_args_into_dataclasses()
     name, folder = arguments.task, Path(arguments.output_dir)
-    settings = plan(name)
-    run_all([own.run(folder, arguments.dataset) for own in settings], arguments.workers)
-    command = f"python examples/benchmarks/evidence/regime.py --task {name}"
-    record = {
-        "command": command + (" --dataset path/to/cifar10" if arguments.dataset else ""),
-        "environment": environment() | versions(settings, folder),
-        "runs": read(settings, folder),
-    }
+    runs = [own.run(folder, arguments.dataset) for own in plan(name)]
+    run_all(runs, arguments.workers)
+    record = collect(runs, records_of, LIBRARIES)
     figures_of(name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_report()
 

@@ -85,8 +85,15 @@ def ahead(own: Sequence[float], other: Sequence[float], digits: int = 3, higher:
     return f"{mean:+.{digits}f} ± {width:.{digits}f}"
 
 
-def comparison(name: str) -> str:
-    """A language model's first table: all methods at the rate that they share, in bits per character."""
+def comparison(name: str, measures: dict[str, tuple[str, int]], controls: dict[str, str]) -> str:
+    """
+    A task's first table: all methods at the rate that they share, and how far they are ahead of controls.
+
+    Args:
+        name (`str`): The task.
+        measures (`dict[str, tuple[str, int]]`): What is compared: its column's title, and how many digits it has.
+        controls (`dict[str, str]`): The methods to be ahead of, by what columns call them.
+    """
     figures, task = Figures.of(name), TASKS[name]
     lines = []
     for method in task.methods:
@@ -94,27 +101,16 @@ def comparison(name: str) -> str:
             continue
         cells = [method]
         for averaged in ("", SWA):
-            own, *others = (figures.values(of, task.rate, f"test{averaged}", "bpc") for of in (method, BASE, ONE))
-            cells += [spread(own), *(ahead(own, other) for other in others)]
+            for measure, (_, digits) in measures.items():
+                own, *others = (
+                    figures.values(of, task.rate, f"test{averaged}", measure) for of in (method, *controls.values())
+                )
+                higher = measure == "accuracy"
+                cells += [spread(own, digits), *(ahead(own, other, digits, higher) for other in others)]
         lines.append([*cells, str(len(own))])
-    columns = ("test", "ahead of base", "ahead of one member")
-    return markdown(["method", *columns, *(f"SWA: {column}" for column in columns), "seeds"], 1, lines)
-
-
-def image_comparison() -> str:
-    """The image classifiers' first table: all methods at the rate that they share."""
-    figures, task = Figures.of("cifar"), TASKS["cifar"]
-    lines = []
-    for method in task.methods:
-        if not figures.of_method(method, task.rate):
-            continue
-        cells = [method]
-        for averaged in ("", SWA):
-            for measure, digits in (("accuracy", 2), ("nll", 3)):
-                own, base = (figures.values(of, task.rate, f"test{averaged}", measure) for of in (method, BASE))
-                cells += [spread(own, digits), ahead(own, base, digits, higher=measure == "accuracy")]
-        lines.append([*cells, str(len(own))])
-    columns = ("accuracy", "ahead of base", "NLL", "ahead of base")
+    columns = [
+        column for title, _ in measures.values() for column in (title, *(f"ahead of {one}" for one in controls))
+    ]
     return markdown(["method", *columns, *(f"SWA: {column}" for column in columns), "seeds"], 1, lines)
 
 
@@ -272,8 +268,14 @@ def demo() -> str:
 
 # Where each table stands.
 TABLES = {
-    "regime_lstm": (lambda: comparison("lstm"), (RESULTS_PAGE, RESULTS)),
-    "regime_cifar": (image_comparison, (RESULTS_PAGE, RESULTS)),
+    "regime_lstm": (
+        lambda: comparison("lstm", {"bpc": ("test", 3)}, {"base": BASE, "one member": ONE}),
+        (RESULTS_PAGE, RESULTS),
+    ),
+    "regime_cifar": (
+        lambda: comparison("cifar", {"accuracy": ("accuracy", 2), "nll": ("NLL", 3)}, {"base": BASE}),
+        (RESULTS_PAGE, RESULTS),
+    ),
     "regime_noise": (noise_table, (RESULTS_PAGE, RESULTS)),
     "what_to_use": (what_to_use, (RESULTS_PAGE, RESULTS)),
     "demo": (demo, (README,)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from runs import Run
@@ -76,7 +76,8 @@ class Setting:
         ]
         if dataset is not None:
             flags.append(f"--dataset={dataset}")
-        return Run(folder / self.task / self.name, task.script, [str(RECIPES / task.recipe), *flags], {})
+        labels = {key: value for key, value in asdict(self).items() if key != "task"}
+        return Run(folder / self.task / self.name, task.script, [str(RECIPES / task.recipe), *flags], labels)
 
 
 BASE, ONE, ACCUMULATION, LATE = ([f"--method={name}"] for name in ("base", "one_member", "accumulation", "late_phase"))
