@@ -73,12 +73,11 @@ def _wide(weight: Tensor) -> Any:
 _FACTORS = ["left", "right"]
 
 
-@triton.jit(do_not_specialize_on_alignment=_FACTORS)  # type: ignore[untyped-decorator]
-def product_kernel(  # type: ignore[no-untyped-def]
-    weight, left, right, output, n, m,
-    wide: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """output = weight * left[:, None] * right, one block."""
+@triton.jit  # type: ignore[untyped-decorator]
+def load_block(  # type: ignore[no-untyped-def]
+    weight, left, right, n, m, wide: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A program's block: expert, rows, columns, where they lie and which exist; its factors and weights."""
     batch = tl.program_id(2).to(tl.int64)  # 64 bits: a weight may have more elements than 32 can count
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -87,6 +86,16 @@ def product_kernel(  # type: ignore[no-untyped-def]
     u = tl.load(left + batch * n + i, mask=i < n, other=0).to(wide)
     v = tl.load(right + batch * m + j, mask=j < m, other=0).to(wide)
     w = tl.load(weight + at, mask=inside, other=0).to(wide)
+    return batch, i, j, at, inside, u, v, w
+
+
+@triton.jit(do_not_specialize_on_alignment=_FACTORS)  # type: ignore[untyped-decorator]
+def product_kernel(  # type: ignore[no-untyped-def]
+    weight, left, right, output, n, m,
+    wide: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """output = weight * left[:, None] * right, one block."""
+    _, _, _, at, inside, u, v, w = load_block(weight, left, right, n, m, wide, ROWS, COLUMNS)
     tl.store(output + at, (w * v[None, :] * u[:, None]).to(output.dtype.element_ty), mask=inside)
 
 
@@ -96,14 +105,7 @@ def gradients_kernel(  # type: ignore[no-untyped-def]
     for_weight: tl.constexpr, wide: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """output = grad * left[:, None] * right; the block's part of the sums of grad * weight, by row and by column."""
-    batch = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    at = (batch * n + i)[:, None] * m + j[None, :]
-    inside = (i < n)[:, None] & (j < m)[None, :]
-    u = tl.load(left + batch * n + i, mask=i < n, other=0).to(wide)
-    v = tl.load(right + batch * m + j, mask=j < m, other=0).to(wide)
-    w = tl.load(weight + at, mask=inside, other=0).to(wide)
+    batch, i, j, at, inside, u, v, w = load_block(weight, left, right, n, m, wide, ROWS, COLUMNS)
     g = tl.load(grad + at, mask=inside, other=0).to(wide)
     product = g * w
     rows = (batch * tl.num_programs(0) + tl.program_id(0)) * n + i
