@@ -28,8 +28,8 @@ def kernels(weight: Tensor, left: Tensor, right: Tensor, other: torch.dtype) -> 
         other (`torch.dtype`):
             That of the product, or of its gradient.
     """
-    # Inductor fuses the eager formulas with what is around them.
-    if torch.compiler.is_compiling() or not (ENABLED and is_supported_device(weight)):
+    # Inductor fuses the eager formulas with what is around them. The device comes first: on a CPU it is all that is read.
+    if not (ENABLED and is_supported_device(weight)) or torch.compiler.is_compiling():
         return None
     dtype, device = weight.dtype, weight.device
     if weight.ndim > 3 or weight.ndim != left.ndim + 1 or weight.numel() == 0:  # of convolutions
