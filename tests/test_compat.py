@@ -25,15 +25,16 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 
 @pytest.mark.parametrize(
     ("release", "warned"),
-    [(TESTED_TRANSFORMERS + ".7", False), ("5.19.0", False), ("4.56.2", True), ("5.18.1", True), ("5.91.0", True)],
+    [(TESTED_TRANSFORMERS + ".7", False), ("5.19.0", False), ("4.56.2", False), ("5.91.0", True)],
 )
 def test_an_untested_transformers_is_warned_of_once(tmp_path, monkeypatch, caplog, release: str, warned: bool) -> None:
     monkeypatch.setattr(compat, "RELEASE", Version(release))
     transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.warning_once.cache_clear()  # an earlier test's trainer may have said it
     with caplog.at_level(logging.WARNING, logger="hf_latephase"):
         for _ in range(2):
             trainer(tmp_path, gpt2(), LatePhaseConfig(num_members=2))
-    messages = [record.getMessage() for record in caplog.records if "Not all tests" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "is newer than" in record.getMessage()]
     assert len(messages) == warned
     assert all(release in message and TESTED_TRANSFORMERS in message for message in messages)
 
