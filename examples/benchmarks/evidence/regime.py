@@ -3,13 +3,17 @@ Late-phase weights where noise limits training: small minibatches, a constant ra
 controls that explain it, and what else costs the same.
 
     python examples/benchmarks/evidence/regime.py --task lstm
+    python examples/benchmarks/evidence/regime.py --task gpt2
     python examples/benchmarks/evidence/regime.py --task cifar --dataset path/to/cifar10
     python examples/benchmarks/evidence/regime.py --task noise
 
-Every run is `run_enwik8.py` or `run_cifar.py` with a recipe `regime_*.yaml`, in a folder of its own; runs that have
-finished are not repeated, so an interrupted table goes on where it was. All methods of a task have one rate. The task
-noise is the LSTM with minibatches of other sizes and at another rate. The figures go to `regime_TASK.json` beside this
-file, the tables made from all of these (see `regime_report.py`) into `RESULTS.md`, `docs/results.md` and the README.
+Every run is `run_enwik8.py` or `run_cifar.py` with a recipe `regime_*.yaml`, in a folder of its own. The first seed of
+every method tries the same rates; the others run where that was best on validation, with and without the average over
+time, and at one rate that all methods share. The task noise is the LSTM with minibatches of other sizes.
+
+The figures go to `regime_TASK.json` beside this file. What stands there from the same releases is not run again, nor
+what has finished in `output_dir`: an interrupted table goes on where it was. The tables made from all figures (see
+`regime_report.py`) go into `RESULTS.md`, `docs/results.md` and the README.
 """
 
 from __future__ import annotations
@@ -20,17 +24,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import HfArgumentParser
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `runs` is
 
-from regime_report import figures_of, write_report
+from regime_report import Figures, figures_of, write_report
 from regime_settings import SWEEP, TASKS, Setting, setting
-from runs import collect, run_all
+from runs import collect, command_line, environment, run_all
 
 
-LIBRARIES = ("torch", "transformers")
 PLANS = [*TASKS, "noise"]
 
 
@@ -73,22 +78,76 @@ def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [record]
 
 
-def plan(name: str) -> list[Setting]:
-    """The runs of a task, seed by seed, so that an interrupted one has every method."""
+def first_plan(name: str) -> list[Setting]:
+    """The runs of a task that depend on no others."""
     if name == "noise":
         return SWEEP
-    methods = TASKS[name].methods
-    last = max(method.seeds for method in methods.values())
-    return [setting(name, key, seed) for seed in range(last) for key, own in methods.items() if seed < own.seeds]
+    task = TASKS[name]
+    tried = [
+        setting(name, key, 0, rate)
+        for key, method in task.methods.items()
+        for rate in (task.rates if method.tuned else [task.rate])
+    ]
+    shared = [
+        setting(name, key, seed)
+        for seed in range(max(method.shared for method in task.methods.values()))
+        for key, method in task.methods.items()
+        if seed < method.shared
+    ]
+    return list(dict.fromkeys(tried + shared))
+
+
+def plan(name: str, figures: Figures) -> list[Setting]:
+    """
+    All runs of a task, once those of `first_plan` are among the figures.
+
+    Seed by seed, so that an interrupted one has every method.
+    """
+    own = TASKS.get(name)
+    tuned = [] if own is None else [
+        setting(name, key, seed, rate)
+        for seed in range(max(method.tuned for method in own.methods.values()))
+        for key, method in own.methods.items()
+        if seed < method.tuned
+        for rate in sorted({figures.chosen_rate(key, result, own.measure) for result in method.results})
+    ]  # fmt: skip
+    return list(dict.fromkeys(first_plan(name) + tuned))
+
+
+def recorded(name: str) -> dict[Setting, dict[str, Any]]:
+    """What stands in the figures of a task already, if it was made with what is installed."""
+    path = figures_of(name)
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    own = "lstm" if name == "noise" else name
+    return {Setting.of(own, run): run for run in record["runs"]} if record["environment"] == made_with() else {}
+
+
+def made_with() -> dict[str, Any]:
+    """The machine and the releases."""
+    return environment() | {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def run_missing(
+    settings: list[Setting], known: dict[Setting, dict[str, Any]], arguments: RegimeArguments
+) -> dict[Setting, dict[str, Any]]:
+    """Returns the figures of all settings; what is not known runs, unless it has finished in an earlier call."""
+    missing = [own for own in settings if own not in known]
+    runs = [own.run(Path(arguments.output_dir), arguments.dataset) for own in missing]
+    run_all(runs, arguments.workers)
+    found = collect(runs, records_of, ())["runs"]
+    return known | dict(zip(missing, found, strict=True))
 
 
 def main() -> None:
     """Runs what has not finished and writes figures and tables."""
     (arguments,) = HfArgumentParser(RegimeArguments).parse_args_into_dataclasses()
-    name, folder = arguments.task, Path(arguments.output_dir)
-    runs = [own.run(folder, arguments.dataset) for own in plan(name)]
-    run_all(runs, arguments.workers)
-    record = collect(runs, records_of, LIBRARIES)
+    name = arguments.task
+    figures = run_missing(first_plan(name), recorded(name), arguments)
+    settings = plan(name, Figures(list(figures.values())))
+    figures = run_missing(settings, figures, arguments)
+    record = {"command": command_line(), "environment": made_with(), "runs": [figures[own] for own in settings]}
     figures_of(name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_report()
 

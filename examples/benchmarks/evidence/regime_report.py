@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "toy"))
 
 from common.report import COLOURS
 from quadratic_theory import Method, NoisyQuadratic, steady_state_loss
+from regime_settings import AVERAGED as SWA
 from regime_settings import TASKS
 from runs import README, RESULTS, RESULTS_PAGE, difference, markdown, put_into_page, spread
 
 
 PLOT = RESULTS_PAGE.with_name("noise.png")
-SWA = ", SWA"
 BASE, ONE = "base", "one member (rank-1)"
 
 
@@ -69,6 +69,12 @@ class Figures:
         ]
         return sorted(own, key=lambda run: run["seed"])
 
+    def chosen_rate(self, method: str, averaged: str, measure: str) -> float:
+        """That at which the first seed is best on validation, with the final weights or with their average."""
+        tried = [run for run in self.runs if (run["method"], run["seed"]) == (method, 0)]
+        best = min(tried, key=lambda run: run[f"validation{averaged}"][measure])
+        return float(best["rate"])
+
     def values(self, method: str, rate: float, split: str, measure: str, batch_size: int | None = None) -> list[float]:
         """A measure by seed; accuracies in per cent."""
         scale = 100 if measure == "accuracy" else 1
@@ -85,30 +91,38 @@ def ahead(own: Sequence[float], other: Sequence[float], digits: int = 3, higher:
     return f"{mean:+.{digits}f} ± {width:.{digits}f}"
 
 
-def comparison(name: str, measures: dict[str, tuple[str, int]], controls: dict[str, str]) -> str:
+def comparison(name: str, measures: dict[str, tuple[str, int]], controls: dict[str, str], tuned: bool = False) -> str:
     """
-    A task's first table: all methods at the rate that they share, and how far they are ahead of controls.
+    A task's methods with SWA and without, and how far they are ahead of controls.
 
     Args:
         name (`str`): The task.
         measures (`dict[str, tuple[str, int]]`): What is compared: its column's title, and how many digits it has.
         controls (`dict[str, str]`): The methods to be ahead of, by what columns call them.
+        tuned (`bool`): Whether each is at the rate that validation chose, or all at the one that they share.
     """
     figures, task = Figures.of(name), TASKS[name]
+
+    def rate(method: str, averaged: str) -> float:
+        return figures.chosen_rate(method, averaged, task.measure) if tuned else task.rate
+
     lines = []
-    for method in task.methods:
-        if not figures.of_method(method, task.rate):
+    for method, settings in task.methods.items():
+        if settings.average != "SWA" or (settings.tuned if tuned else settings.shared) < 2:
             continue
         cells = [method]
-        for averaged in ("", SWA):
+        for averaged in settings.results:
+            cells += [f"{rate(method, averaged):g}"] if tuned else []
             for measure, (_, digits) in measures.items():
                 own, *others = (
-                    figures.values(of, task.rate, f"test{averaged}", measure) for of in (method, *controls.values())
+                    figures.values(of, rate(of, averaged), f"test{averaged}", measure)
+                    for of in (method, *controls.values())
                 )
                 higher = measure == "accuracy"
                 cells += [spread(own, digits), *(ahead(own, other, digits, higher) for other in others)]
         lines.append([*cells, str(len(own))])
-    columns = [
+    columns = ["rate"] if tuned else []
+    columns += [
         column for title, _ in measures.values() for column in (title, *(f"ahead of {one}" for one in controls))
     ]
     return markdown(["method", *columns, *(f"SWA: {column}" for column in columns), "seeds"], 1, lines)
@@ -222,26 +236,36 @@ def draw_noise(path: Path) -> None:
 # ---- what to use ----
 
 
-def best_first(name: str, measure: str) -> list[tuple[str, list[float]]]:
-    """A task's methods, with and without SWA, at the rate that all share; the best mean on test first."""
-    figures, task = Figures.of(name), TASKS[name]
+# What figures are called, the measure of each, and its digits.
+RANKED = {
+    "lstm": ("bits per character", "bpc", 3),
+    "gpt2": ("bits per character", "bpc", 3),
+    "cifar": ("accuracy in per cent", "accuracy", 2),
+}
+
+
+def best_first(name: str) -> list[tuple[str, list[float]]]:
+    """A task's methods, each at the rate that validation chose for it; the best mean on test first."""
+    figures, task, (_, measure, _) = Figures.of(name), TASKS[name], RANKED[name]
     found = {
-        method + averaged: figures.values(method, task.rate, f"test{averaged}", measure)
-        for method in task.methods
-        for averaged in ("", SWA)
+        method + averaged * (settings.average == "SWA"): figures.values(
+            method, figures.chosen_rate(method, averaged, task.measure), f"test{averaged}", measure
+        )
+        for method, settings in task.methods.items()
+        if settings.tuned
+        for averaged in settings.results
     }
     sign = -1 if measure == "accuracy" else 1
-    return sorted(((key, own) for key, own in found.items() if own), key=lambda item: sign * statistics.mean(item[1]))
+    return sorted(found.items(), key=lambda item: sign * statistics.mean(item[1]))
 
 
 def what_to_use() -> str:
     """All that cost the same, the best first, with its distance from the best."""
     lines = []
-    for name, measure, digits in (("lstm", "bpc", 3), ("cifar", "accuracy", 2)):
-        ranked = best_first(name, measure)
+    for name, (unit, measure, digits) in RANKED.items():
+        ranked = best_first(name)
         for key, own in ranked:
             behind = ahead(ranked[0][1], own, digits, higher=measure == "accuracy")
-            unit = "bits per character" if measure == "bpc" else "accuracy in per cent"
             lines.append([f"{name}, {unit}", key, spread(own, digits), behind, str(len(own))])
     return markdown(["", "method", "test", "behind the best by", "seeds"], 2, lines)
 
@@ -266,16 +290,15 @@ def demo() -> str:
     return markdown(header, 1, lines)
 
 
+BITS, IMAGES = {"bpc": ("test", 3)}, {"accuracy": ("accuracy", 2), "nll": ("NLL", 3)}
+CONTROLS = {"base": BASE, "one member": ONE}
 # Where each table stands.
 TABLES = {
-    "regime_lstm": (
-        lambda: comparison("lstm", {"bpc": ("test", 3)}, {"base": BASE, "one member": ONE}),
-        (RESULTS_PAGE, RESULTS),
-    ),
-    "regime_cifar": (
-        lambda: comparison("cifar", {"accuracy": ("accuracy", 2), "nll": ("NLL", 3)}, {"base": BASE}),
-        (RESULTS_PAGE, RESULTS),
-    ),
+    "regime_lstm_tuned": (lambda: comparison("lstm", BITS, CONTROLS, tuned=True), (RESULTS_PAGE, RESULTS)),
+    "regime_gpt2_tuned": (lambda: comparison("gpt2", BITS, CONTROLS, tuned=True), (RESULTS_PAGE, RESULTS)),
+    "regime_cifar_tuned": (lambda: comparison("cifar", IMAGES, {"base": BASE}, tuned=True), (RESULTS_PAGE, RESULTS)),
+    "regime_lstm": (lambda: comparison("lstm", BITS, CONTROLS), (RESULTS_PAGE, RESULTS)),
+    "regime_cifar": (lambda: comparison("cifar", IMAGES, {"base": BASE}), (RESULTS_PAGE, RESULTS)),
     "regime_noise": (noise_table, (RESULTS_PAGE, RESULTS)),
     "what_to_use": (what_to_use, (RESULTS_PAGE, RESULTS)),
     "demo": (demo, (README,)),
@@ -284,7 +307,7 @@ TABLES = {
 
 def write_report() -> None:
     """Writes all tables and the figure anew, as soon as every task that they need has run."""
-    if not all(Figures.of(name) for name in ("lstm", "cifar", "noise")):
+    if not all(Figures.of(name) for name in (*TASKS, "noise")):
         return
     for mark, (table, pages) in TABLES.items():
         for page in pages:

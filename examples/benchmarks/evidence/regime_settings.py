@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from runs import Run
 
 
 RECIPES = Path(__file__).with_name("recipes")
+
+
+AVERAGES = {"SWA": ["--swa_start=0.7"], "EMA": ["--ema_memory=0.1"], None: []}
+AVERAGED = ", SWA"  # as figures call an average over time, of whatever kind
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,20 @@ class Method:
 
     Attributes:
         flags (`list[str]`): What it adds to the recipe.
-        seeds (`int`): How many, from 0 on.
+        shared (`int`): How many seeds, from 0 on, it has at the rate that all methods share.
+        tuned (`int`): How many it has at a rate of its own; 0: at no other rate than that.
+        average (`str`, *optional*): The average over time: SWA beside the final weights, or EMA in their place.
     """
 
     flags: list[str]
-    seeds: int
+    shared: int = 1
+    tuned: int = 5
+    average: str | None = "SWA"
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What is read of it: the final weights, called "", or their average over time, or both."""
+        return {"SWA": ("", AVERAGED), "EMA": (AVERAGED,), None: ("",)}[self.average]
 
 
 @dataclass(frozen=True)
@@ -33,17 +47,21 @@ class Task:
     Attributes:
         title (`str`): What tables call it.
         script, recipe (`str`): What trains it.
-        rate (`float`): The rate that all methods share.
+        rates (`tuple[float, ...]`): What the first seed of a tuned method tries.
+        rate (`float`): That of them which all methods share in the table at one rate.
         batch_size, steps (`int`): The recipe's.
+        measure (`str`): What validation chooses by.
         methods (`dict[str, Method]`): By name.
     """
 
     title: str
     script: str
     recipe: str
+    rates: tuple[float, ...]
     rate: float
     batch_size: int
     steps: int
+    measure: str
     methods: dict[str, Method]
 
 
@@ -58,6 +76,11 @@ class Setting:
     steps: int
     seed: int
 
+    @classmethod
+    def of(cls, task: str, run: dict[str, Any]) -> Setting:
+        """That of a recorded run."""
+        return cls(task, *(run[name] for name in ("method", "rate", "batch_size", "steps", "seed")))
+
     @property
     def name(self) -> str:
         """Its folder's name."""
@@ -69,6 +92,7 @@ class Setting:
         task = TASKS[self.task]
         flags = [
             *task.methods[self.method].flags,
+            *AVERAGES[task.methods[self.method].average],
             f"--learning_rate={self.rate}",
             f"--per_device_train_batch_size={self.batch_size}",
             f"--max_steps={self.steps}",
@@ -82,38 +106,47 @@ class Setting:
 
 BASE, ONE, ACCUMULATION, LATE = ([f"--method={name}"] for name in ("base", "one_member", "accumulation", "late_phase"))
 HEAD, NORM, RANK1 = (f"--weights={name}" for name in ("head", "norm", "rank1"))  # one head or norm is no new parameter
+DECAY, COSINE = ["--decay_after_start=true"], ["--lr_scheduler_type=cosine"]
 TASKS = {
     "lstm": Task(
-        *("LSTM of 128 units, Python's language reference", "run_enwik8.py", "regime_lstm.yaml", 0.005),
-        *(4, 4000),
+        *("LSTM of 128 units, Python's language reference", "run_enwik8.py", "regime_lstm.yaml"),
+        *((0.00125, 0.0025, 0.005, 0.01), 0.005, 4, 4000, "bpc"),
         {
             "base": Method(BASE, 5),
             "one member (rank-1)": Method([*ONE, RANK1], 5),
-            "accumulation (rank-1)": Method([*ACCUMULATION, RANK1], 2),
+            "accumulation (rank-1)": Method([*ACCUMULATION, RANK1], 2, tuned=0),
             "accumulation (plain)": Method([*ACCUMULATION, HEAD], 5),
             "late-phase rank-1": Method([*LATE, RANK1], 5),
             "late-phase head": Method([*LATE, HEAD], 5),
-            "late-phase rank-1 and head": Method([*LATE, "--weights", "rank1", "head"], 2),
-            "base, linear decay": Method([*BASE, "--decay_after_start=true"], 5),
+            "late-phase rank-1 and head": Method([*LATE, "--weights", "rank1", "head"], 2, tuned=0),
+            "base, linear decay": Method([*BASE, *DECAY], 5),
+            "base, cosine": Method([*BASE, *COSINE]),
+            "base, EMA": Method(BASE, average="EMA"),
+            "base, schedule-free": Method([*BASE, "--optim=schedule_free_adamw"], average=None),
+            "accumulation (plain), linear decay": Method([*ACCUMULATION, HEAD, *DECAY]),
+            "late-phase head, linear decay": Method([*LATE, HEAD, *DECAY]),
         },
     ),
     "gpt2": Task(
-        *("gpt2 of 2 layers, Python's language reference", "run_enwik8.py", "regime_gpt2.yaml", 0.004),
-        *(4, 4000),
+        *("gpt2 of 2 layers, Python's language reference", "run_enwik8.py", "regime_gpt2.yaml"),
+        *((0.001, 0.002, 0.004), 0.002, 4, 4000, "bpc"),
         {
-            "base": Method(BASE, 3),
-            "one member (rank-1)": Method([*ONE, RANK1], 3),
-            "accumulation (plain)": Method([*ACCUMULATION, NORM], 3),
-            "late-phase norm": Method([*LATE, NORM], 3),
-            "late-phase rank-1": Method([*LATE, RANK1], 3),
+            "base": Method(BASE),
+            "one member (rank-1)": Method([*ONE, RANK1]),
+            "accumulation (plain)": Method([*ACCUMULATION, NORM]),
+            "late-phase norm": Method([*LATE, NORM]),
+            "late-phase rank-1": Method([*LATE, RANK1]),
+            "base, linear decay": Method([*BASE, *DECAY]),
         },
     ),
     "cifar": Task(
-        *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml", 0.1),
-        *(25, 2000),
+        *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml"),
+        *((0.05, 0.1, 0.2), 0.1, 25, 2000, "nll"),
         {
-            "base": Method(BASE, 3),
-            "late-phase norm and head": Method(LATE, 3),
+            "base": Method(BASE, 5),
+            "accumulation": Method(ACCUMULATION, 5),
+            "late-phase norm and head": Method(LATE, 5),
+            "base, cosine": Method([*BASE, *COSINE]),
         },
     ),
 }
@@ -125,10 +158,9 @@ def setting(task: str, method: str, seed: int, rate: float | None = None) -> Set
     return Setting(task, method, rate or own.rate, own.batch_size, own.steps, seed)
 
 
-# Other noise, all else being equal: (windows in a minibatch, rate).
-NOISES = [(2, 0.005), (8, 0.005), (4, 0.0025)]
+# Other noise, all else being equal: windows in a minibatch.
 SWEEP = [
-    replace(setting("lstm", method, 0, rate), batch_size=size)
-    for size, rate in NOISES
+    replace(setting("lstm", method, 0), batch_size=size)
+    for size in (2, 8, 16, 64)
     for method in ("base", "late-phase head")
 ]
