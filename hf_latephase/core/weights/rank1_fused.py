@@ -28,7 +28,7 @@ def kernels(weight: Tensor, left: Tensor, right: Tensor, other: torch.dtype) -> 
         other (`torch.dtype`):
             That of the product, or of its gradient.
     """
-    # Inductor fuses the eager formulas with what is around them. The device comes first: on a CPU it is all to be read.
+    # Inductor fuses the eager formulas with what is around them. The device first: on a CPU nothing else is read.
     if not (ENABLED and is_supported_device(weight)) or torch.compiler.is_compiling():
         return None
     dtype, device = weight.dtype, weight.device
