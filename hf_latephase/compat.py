@@ -28,8 +28,8 @@ def warn_of_untested() -> None:
     """Says once that the installed transformers is newer than any that the tests have passed with."""
     if RELEASE.release[:2] > Version(TESTED_TRANSFORMERS).release:
         logger.warning_once(
-            f"transformers {RELEASE} is newer than {TESTED_TRANSFORMERS}, the newest that all tests of hf_latephase passed"
-            " with. If something fails, install that one."
+            f"transformers {RELEASE} is newer than {TESTED_TRANSFORMERS}, with which all tests of hf_latephase passed."
+            " If something fails, install that one."
         )
 
 
