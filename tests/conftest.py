@@ -24,7 +24,8 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _own_settings() -> Iterator[None]:
     """Older releases of Trainer write torch_compile and bf16 into variables, which the next trainer reads, too."""
-    before = {name for name in os.environ if name.startswith("ACCELERATE_")}
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     yield
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in before]:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
+    os.environ.update(before)
