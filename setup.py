@@ -32,7 +32,7 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS: dict[str, list[str]] = {
-    "examples": ["matplotlib", "pyyaml", "scikit-learn", "scipy"],
+    "examples": ["matplotlib", "pyyaml", "schedulefree", "scikit-learn", "scipy"],
     # torchvision imports only beside the torch of its own release: install the two in one command.
     "vision": ["torchvision", "timm", "pillow"],
     # No wheel: pip builds it. DS_BUILD_OPS=0 spares its kernels, and CPUs need DS_ACCELERATOR=cpu.

@@ -58,6 +58,8 @@ class _LoopHooks(_Trainer):
             def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
                 loss = step(self, *args, **kwargs)
                 self._sync_gradients = self.accelerator.sync_gradients
+                if self._is_first_update:  # what a resumed run brings along comes first in the loop's sum
+                    loss, self._tr_loss = loss + self._tr_loss, 0.0
                 return loss
 
             cls.training_step = functools.wraps(step)(training_step)
@@ -93,10 +95,7 @@ class _LoopHooks(_Trainer):
         return [], None
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self._is_first_update:
-            tr_loss += self._tr_loss  # what a resumed run brings along, into the loop's own tensor
-            self._is_first_update = False
-        self._tr_loss, self._run_trial = tr_loss, args[2]
+        self._tr_loss, self._run_trial, self._is_first_update = tr_loss, args[2], False
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:

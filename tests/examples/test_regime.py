@@ -6,10 +6,12 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import yaml
 from transformers import TrainingArguments
 
@@ -20,8 +22,8 @@ import run_cifar
 import run_enwik8
 from common.recipe import parse_arguments
 from hf_latephase import LatePhaseConfig
-from regime_settings import RECIPES, SWEEP, TASKS, setting
-from runs import RESULTS_PAGE, difference, with_table
+from regime_settings import RECIPES, SWEEP, TASKS, Setting, setting
+from runs import RESULTS_PAGE, Run, difference, with_table
 
 
 TYPES = {
@@ -54,7 +56,8 @@ def test_every_method_sees_as_much_at_the_same_rate(name, tmp_path) -> None:
         assert (args.seed, args.learning_rate, args.max_steps) == (7, task.rate, task.steps)
         assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (task.batch_size, 1)
         assert (config.num_members, config.late_phase_start, config.base_gradient_scale) == (10, 0.6, 1.0)
-        assert config.swa_start == 0.7
+        averages = {"SWA": (0.7, None), "EMA": (None, 0.1), None: (None, None)}
+        assert (config.swa_start, config.ema_memory) == averages[task.methods[method].average]
     assert len(names) == len(task.methods)  # no folder for two
 
 
@@ -67,35 +70,60 @@ def test_other_noise_differs_in_nothing_else() -> None:
         assert replace(own, batch_size=task.batch_size, rate=task.rate) == usual
 
 
-def test_what_has_run_is_read_not_repeated(tmp_path, monkeypatch) -> None:
-    ran = []
+@pytest.fixture
+def ran(tmp_path, monkeypatch) -> list[Run]:
+    """The runs that the command starts; each is best where its rate is nearest to 0.004, its average at the least."""
+    started: list[Run] = []
 
-    def run_all(runs, workers):
+    def run_all(runs: list[Run], workers: int) -> None:
         for run in runs:
             if not run.is_finished:
-                ran.append(run.folder)
+                started.append(run)
                 run.folder.mkdir(parents=True)
-                result = {
-                    "scores": {"validation": 1.0, "test": 2.0},
-                    "averaged_scores": {"validation": 3.0, "test": 4.0},
-                }
-                report = {"settings": {"torch": "1", "transformers": "2"}, "results": [result | {"minutes": 1.0}]}
-                (run.folder / "results.json").write_text(json.dumps(report))
+                rate = run.labels["rate"]
+                result: dict[str, Any] = {"scores": {"validation": abs(rate - 0.004), "test": 2.0}, "minutes": 1.0}
+                if "swa_start" in str(run.arguments) or "ema_memory" in str(run.arguments):
+                    result["averaged_scores"] = {"validation": rate, "test": 4.0}
+                (run.folder / "results.json").write_text(json.dumps({"results": [result]}))
                 (run.folder / "finished").touch()
 
     monkeypatch.setattr(regime, "run_all", run_all)
     monkeypatch.setattr(regime, "figures_of", lambda name: tmp_path / f"{name}.json")
     monkeypatch.setattr(regime, "write_report", lambda: None)
     monkeypatch.setattr("sys.argv", ["regime.py", "--task=lstm", f"--output_dir={tmp_path / 'out'}"])
+    return started
+
+
+def test_the_first_seed_chooses_the_rate_of_the_others(ran, tmp_path) -> None:
     regime.main()
     record = json.loads((tmp_path / "lstm.json").read_text())
-    methods = TASKS["lstm"].methods
-    assert len(record["runs"]) == len(ran) == sum(method.seeds for method in methods.values())
-    assert record["environment"]["torch"] == "1" and str(tmp_path) not in json.dumps(record)
-    run = record["runs"][0]
-    assert (run["method"], run["seed"], run["test"], run["validation, SWA"]) == ("base", 0, {"bpc": 2.0}, {"bpc": 3.0})
+    assert record["environment"]["torch"] == torch.__version__ and str(tmp_path) not in json.dumps(record)
+    task = TASKS["lstm"]
+    for name, method in task.methods.items():
+        own = {(run["rate"], run["seed"]) for run in record["runs"] if run["method"] == name}
+        expected = {(task.rate, seed) for seed in range(method.shared)}
+        best = {"": 0.005, regime_report.SWA: 0.00125}
+        if method.tuned:
+            expected |= {(rate, 0) for rate in task.rates}
+            expected |= {(best[result], seed) for result in method.results for seed in range(method.tuned)}
+        assert own == expected, name
+    assert len(ran) == len(record["runs"])
+
+
+def test_what_has_run_is_read_not_repeated(ran, tmp_path, monkeypatch) -> None:
     regime.main()
-    assert len(ran) == len(record["runs"])  # nothing runs twice
+    path, count = tmp_path / "lstm.json", len(ran)
+    before = path.read_text()
+    regime.main()
+    assert len(ran) == count and path.read_text() == before
+    # What is recorded counts where the folders are gone.
+    (tmp_path / "out").rename(tmp_path / "gone")
+    regime.main()
+    assert len(ran) == count and path.read_text() == before
+    # Not if it was made with something else.
+    monkeypatch.setattr(regime, "made_with", lambda: {"torch": "another"})
+    regime.main()
+    assert len(ran) == 2 * count and json.loads(path.read_text())["environment"] == {"torch": "another"}
 
 
 @pytest.mark.parametrize(
@@ -158,12 +186,9 @@ def test_tables_are_made_from_the_figures() -> None:
 
 @pytest.mark.parametrize("name", regime.PLANS)
 def test_every_run_that_the_command_makes_is_recorded(name) -> None:
-    if name == "gpt2":
-        assert not regime_report.figures_of(name).exists()  # not run yet: docs/results.md says so
-        return
-    keys = ("method", "rate", "batch_size", "steps", "seed")
-    runs = [tuple(run[key] for key in keys) for run in recorded(name)]
-    assert runs == [tuple(getattr(own, key) for key in keys) for own in regime.plan(name)]
+    runs = recorded(name)
+    made = [Setting.of("lstm" if name == "noise" else name, run) for run in runs]
+    assert made == regime.plan(name, regime_report.Figures(runs))
 
 
 def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
@@ -219,7 +244,8 @@ def test_the_demo_is_what_its_table_is_made_of() -> None:
     )
     shown = {"curve_bytes", "sample_bytes", "eval_strategy", "eval_steps", "logging_steps"}
     assert {key: value for key, value in own.items() if key not in {*shown, "weights"}}.items() <= demo.items()
-    assert demo.keys() - own.keys() - shown == {"method", "output_dir", "seed"}
+    assert demo.keys() - own.keys() - shown == {"method", "output_dir", "seed", "swa_start"}
+    assert demo["swa_start"] == 0.7
     assert demo["weights"] == ["head"] and demo["method"] == list(regime_report.DEMO)
     assert TASKS["lstm"].methods[regime_report.DEMO["late_phase"]].flags == ["--method=late_phase", "--weights=head"]
 

@@ -71,6 +71,7 @@ def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
             found = {
                 averaged: {split: {"bpc": value} for split, value in result[key].items()}
                 for averaged, key in ((False, "scores"), (True, "averaged_scores"))
+                if result.get(key)
             }
         for averaged, scores in found.items():
             for split, values in scores.items():
