@@ -110,7 +110,7 @@ DECAY, COSINE = ["--decay_after_start=true"], ["--lr_scheduler_type=cosine"]
 TASKS = {
     "lstm": Task(
         *("LSTM of 128 units, Python's language reference", "run_enwik8.py", "regime_lstm.yaml"),
-        *((0.00125, 0.0025, 0.005, 0.01), 0.005, 4, 4000, "bpc"),
+        *((0.00125, 0.0025, 0.005, 0.01, 0.02), 0.005, 4, 4000, "bpc"),
         {
             "base": Method(BASE, 5),
             "one member (rank-1)": Method([*ONE, RANK1], 5),
@@ -143,10 +143,10 @@ TASKS = {
         *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml"),
         *((0.05, 0.1, 0.2), 0.1, 25, 2000, "nll"),
         {
-            "base": Method(BASE, 5),
-            "accumulation": Method(ACCUMULATION, 5),
-            "late-phase norm and head": Method(LATE, 5),
-            "base, cosine": Method([*BASE, *COSINE]),
+            "base": Method(BASE, 5, tuned=0),
+            "accumulation": Method(ACCUMULATION, 5, tuned=0),
+            "late-phase norm and head": Method(LATE, 5, tuned=0),
+            "base, cosine": Method([*BASE, *COSINE], 5, tuned=0),
         },
     ),
 }
