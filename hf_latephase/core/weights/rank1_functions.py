@@ -171,8 +171,8 @@ def _gradients_by_blocks(
     weight.
     """
     rows = max(1, BLOCK_BYTES // weight[0].nbytes)
-    blocks = zip(grad.split(rows), weight.split(rows), left.split(rows), strict=True)
-    parts = [_gradients(*block, right, wanted, in_place=True) for block in blocks]
+    blocks = zip(torch.split(grad, rows), torch.split(weight, rows), torch.split(left, rows), strict=True)
+    parts = [_gradients(g, w, u, right, wanted, in_place=True) for g, w, u in blocks]
     _, lefts, rights = zip(*parts, strict=True)
     if lefts[0] is None:
         return grad, None, None
