@@ -125,7 +125,7 @@ def main() -> None:
     train(json.loads(Path(sys.argv[1]).read_text()))
     if dist.is_initialized():
         dist.barrier()
-        # All work is done. Now and then gloo's threads wait for each other while the group is destroyed (torch 2.6), or
+        # All work is done. Now and then gloo's threads wait for each other while the group is destroyed (torch 2.6) or
         # abort the interpreter while it shuts down (2.14).
         sys.stdout.flush()
         os._exit(0)
