@@ -127,6 +127,10 @@ class SavingMixin(TrainerHooks):
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
+        card = getattr(self.model, "model_card_data", None)
+        mark_step = getattr(card, "set_best_model_step", None)
+        if folder is not None and mark_step is not None:  # as sentence-transformers' trainers do here
+            mark_step(self.state.best_global_step)
         if folder is None or not os.path.isdir(folder) or not has_state(folder):
             # Saved with save_only_model: its average is all there is.
             self._evaluated.forget()

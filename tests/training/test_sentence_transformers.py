@@ -148,6 +148,7 @@ def test_the_best_model_is_loaded(tmp_path, kind: str, save_only_model: bool) ->
     assert torch.allclose(outputs(best), outputs(run.model), atol=1e-6)
     seen = [log["eval_loss"] for log in run.state.log_history if "eval_loss" in log]
     assert len(seen) == 3 and run.evaluate()["eval_loss"] == pytest.approx(min(seen), abs=1e-5)
+    assert run.model.model_card_data.best_model_step == int(run.state.best_model_checkpoint.rsplit("-")[-1])
 
 
 def test_the_evaluator_scores_the_averaged_model(tmp_path) -> None:
