@@ -186,6 +186,9 @@ def test_tables_are_made_from_the_figures() -> None:
 
 @pytest.mark.parametrize("name", regime.PLANS)
 def test_every_run_that_the_command_makes_is_recorded(name) -> None:
+    if name == "gpt2":
+        assert not regime_report.figures_of(name).exists()  # not run yet: docs/results.md says so
+        return
     runs = recorded(name)
     made = [Setting.of("lstm" if name == "noise" else name, run) for run in runs]
     assert made == regime.plan(name, regime_report.Figures(runs))
@@ -204,21 +207,78 @@ def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
         assert (mean - width > 0) == excludes_zero
         return f"{mean:.3f} ± {width:.3f}"
 
-    assert f"output layers are ahead of base**, by {ahead(test(head), test(base))}." in words
-    assert f"rank-1 weights are ahead of their one member**, by {ahead(test(rank1), test(one))}." in words
+    assert f"output layers are ahead of base by {ahead(test(head), test(base))}," in words
+    assert f"rank-1 weights are ahead of their one member by {ahead(test(rank1), test(one))}," in words
     ahead(test(rank1), test(base), excludes_zero=False)
     cost = statistics.mean(test(one)) - statistics.mean(test(base))
-    assert f"the rank-1 parameters alone cost {cost:.3f}" in words
+    assert f"which the rank-1 parameters had cost ({cost:.3f})" in words
     swa = ", SWA"
     assert f"of the output layer with SWA by {ahead(test(base, swa), test(head, swa))}." in words
     best = statistics.mean(test(base, swa))
-    late = [method for method in TASKS["lstm"].methods if method.startswith("late-phase")]
-    assert all(best < statistics.mean(test(method, averaged)) for method in late for averaged in ("", swa))
-    guide = " ".join((RESULTS_PAGE.parent / "guide.md").read_text(encoding="utf-8").split())
-    assert f"limits training they gain {difference(test(base), test(head))[0]:.3f} bits, and an average" in guide
+    shared = [name for name, method in TASKS["lstm"].methods.items() if method.shared > 1]
+    late = [method for method in shared if method.startswith("late-phase")]
+    assert late and all(best < statistics.mean(test(method, averaged)) for method in late for averaged in ("", swa))
     accumulation = test("accumulation (plain)")
     mean, width = difference(accumulation, test(head)[: len(accumulation)])
     assert abs(mean) < width  # level
+
+
+def test_what_is_said_of_rates_of_their_own_is_what_the_figures_say() -> None:
+    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+    figures, swa = regime_report.Figures.of("lstm"), regime_report.SWA
+    head, rank1, one, base = "late-phase head", "late-phase rank-1", "one member (rank-1)", "base"
+    accumulation, decay = "accumulation (plain)", ", linear decay"
+
+    def test(method: str, averaged: str = "") -> list[float]:
+        return figures.values(method, figures.chosen_rate(method, averaged, "bpc"), f"test{averaged}", "bpc")
+
+    def ahead(own: list[float], other: list[float], sign: int = 1) -> str:
+        mean, width = difference(other[: len(own)], own[: len(other)])
+        assert sign == (mean > width) - (mean < -width)  # 0: the interval includes zero
+        return f"{mean:.3f} ± {width:.3f}"
+
+    over_base, over_one = ahead(test(head), test(base)), ahead(test(head), test(one))
+    assert f"output layers are ahead of base**, by {over_base}, and of one member by {over_one}." in words
+    rates = [figures.chosen_rate(method, "", "bpc") for method in (head, base)]
+    assert rates[0] == 2 * rates[1] and "they do best at twice the rate of base" in words
+    assert f"rank-1 weights are ahead of their one member**, by {ahead(test(rank1), test(one))};" in words
+    assert f"They are not ahead of base ({ahead(test(rank1), test(base), 0)})" in words
+    assert f"rank-1 parameters alone cost {difference(test(one), test(base))[0]:.3f} here" in words
+    assert f"it is {ahead(test(accumulation), test(head))} ahead of the output layer's members" in words
+    assert f"without SWA**, by {ahead(test(base, swa), test(head))}." in words
+    assert f"level with base ({ahead(test(head, swa), test(base, swa), 0)}), and so is accumulation" in words
+    assert f"({ahead(test(accumulation, swa), test(base, swa), 0)}). The paper" in words
+    assert f"they are {ahead(test(base + decay), test(head + decay))} behind plain training with it" in words
+    decaying = [[*test(base + name)] for name in (decay, ", cosine", ", schedule-free")]
+    kept = [test(m, a) for m in (base, one, accumulation, head, rank1) for a in ("", swa)]
+    assert max(map(statistics.mean, decaying)) < min(map(statistics.mean, kept))
+    for other in decaying[1:]:
+        ahead(other, decaying[0], 0)  # level
+    for page, sentence in (
+        ("README.md", f"With a rate chosen for each it is ahead by {over_base}."),
+        ("docs/guide.md", f"limits training they gain {over_base[:5]} bits."),
+        (
+            "examples/benchmarks/RESULTS.md",
+            f"output layers are {over_base} ahead of base and {over_one} of one member",
+        ),
+    ):
+        text = (RESULTS_PAGE.parents[1] / page).read_text(encoding="utf-8")
+        assert sentence in " ".join(text.split()), page
+
+
+def test_what_is_said_of_noise_is_what_the_figures_say() -> None:
+    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+    found = {noise: statistics.mean(own) for noise, own in regime_report.gains("late-phase head").items()}
+    predicted = {noise: regime_report.own_gain() * regime_report.predicted_gain(noise, adam=True) for noise in found}
+
+    def pair(size: int, rate: float) -> tuple[str, str]:
+        return f"{found[size, rate]:.3f}", f"{predicted[size, rate]:.3f}"
+
+    assert (
+        "at 0.01 members gain {} (predicted {}), at 0.02 {} ({}), in".format(*pair(4, 0.01), *pair(4, 0.02)) in words
+    )
+    assert "of two windows {} ({}), of eight {} ({}).".format(*pair(2, 0.005), *pair(8, 0.005)) in words
+    assert f"{-found[4, 0.0025]:.3f} at half the rate, {-found[4, 0.00125]:.3f} at a quarter" in words
 
 
 def test_what_is_said_of_the_image_classifier_is_what_the_figures_say() -> None:

@@ -9,7 +9,8 @@ controls that explain it, and what else costs the same.
 
 Every run is `run_enwik8.py` or `run_cifar.py` with a recipe `regime_*.yaml`, in a folder of its own. The first seed of
 every method tries the same rates; the others run where that was best on validation, with and without the average over
-time, and at one rate that all methods share. The task noise is the LSTM with minibatches of other sizes.
+time, and at one rate that all methods share; of these the mean over all seeds decides. The task noise is the LSTM with
+minibatches of other sizes.
 
 The figures go to `regime_TASK.json` beside this file. What stands there from the same releases is not run again, nor
 what has finished in `output_dir`: an interrupted table goes on where it was. The tables made from all figures (see
@@ -110,7 +111,7 @@ def plan(name: str, figures: Figures) -> list[Setting]:
         for seed in range(max(method.tuned for method in own.methods.values()))
         for key, method in own.methods.items()
         if seed < method.tuned
-        for rate in sorted({figures.chosen_rate(key, result, own.measure) for result in method.results})
+        for rate in sorted({figures.first_choice(key, result, own.measure) for result in method.results})
     ]  # fmt: skip
     return list(dict.fromkeys(first_plan(name) + tuned))
 

@@ -69,11 +69,18 @@ class Figures:
         ]
         return sorted(own, key=lambda run: run["seed"])
 
-    def chosen_rate(self, method: str, averaged: str, measure: str) -> float:
-        """That at which the first seed is best on validation, with the final weights or with their average."""
+    def first_choice(self, method: str, averaged: str, measure: str) -> float:
+        """The rate at which the first seed is best on validation, with the final weights or with their average."""
         tried = [run for run in self.runs if (run["method"], run["seed"]) == (method, 0)]
         best = min(tried, key=lambda run: run[f"validation{averaged}"][measure])
         return float(best["rate"])
+
+    def chosen_rate(self, method: str, averaged: str, measure: str) -> float:
+        """The rate that is best on validation in the mean of all seeds, of those at which all have run."""
+        rates = sorted({run["rate"] for run in self.runs if run["method"] == method})
+        found = {rate: self.values(method, rate, f"validation{averaged}", measure) for rate in rates}
+        most = max(map(len, found.values()))
+        return min((statistics.mean(own), rate) for rate, own in found.items() if len(own) == most)[1]
 
     def values(self, method: str, rate: float, split: str, measure: str, batch_size: int | None = None) -> list[float]:
         """A measure by seed; accuracies in per cent."""
@@ -208,25 +215,30 @@ def noise_table() -> str:
 
 def draw_noise(path: Path) -> None:
     """The gains over the base against the noise of gradients."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
     axes.axhline(0, color="0.6", linewidth=1)
     x = {noise: predicted_gain(noise, adam=True) for noise in noises()}
+    ends = []  # of lines: height, name, colour
     for shift, (colour, marker, (name, which)) in enumerate(zip(COLOURS, "os^D", NOISE_METHODS.items(), strict=False)):
         found = gains(*which)
         means = [statistics.mean(own) for own in found.values()]
         errors = [statistics.stdev(own) if len(own) > 1 else 0 for own in found.values()]
-        places = [x[noise] + 0.012 * (shift - 1.5) for noise in found]  # so that no bar hides another
+        places = [x[noise] * 1.015 ** (shift - 1.5) for noise in found]  # so that no bar hides another
         axes.errorbar(places, means, errors, color=colour, marker=marker, capsize=3, markersize=5)
-        # At the end of a line; a point alone has lines to its right.
-        text, side = (f"  {name}", "left") if len(found) > 1 else (f"{name}   ", "right")
-        axes.annotate(text, (places[0], means[0]), color=colour, va="center", ha=side, fontsize=9)
+        ends.append((means[0], name, colour))
     places = list(x.values())
     axes.plot(places, [own_gain() * place for place in places], color="0.35", linestyle="--")
-    axes.annotate("  members, predicted", (places[0], own_gain() * places[0]), color="0.35", va="top", fontsize=9)
-    names = [f"{place:.2f}\n{size} windows\nrate {rate:g}" for (size, rate), place in x.items()]
-    axes.set_xticks(places, names, fontsize=8)
-    axes.set_xlim(min(places) - 0.1, max(places) + 0.45)
-    axes.set_xlabel("noise that Adam's steps carry: rate / √windows, relative to that of the first table")
+    ends.append((own_gain() * places[0], "members, predicted", "0.35"))
+    height = -math.inf
+    for end, name, colour in sorted(ends):
+        height = max(end, height + 0.013)  # so that no name hides another
+        axes.annotate(name, (places[0] * 1.06, height), color=colour, va="center", fontsize=9)
+    axes.set_xscale("log")
+    names = [f"{rate:g}\n{size} windows" for size, rate in x]
+    axes.set_xticks(places, names, fontsize=7)
+    axes.minorticks_off()
+    axes.set_xlim(min(places) * 0.9, max(places) * 1.75)
+    axes.set_xlabel("rate and size of a minibatch, by the noise that Adam's steps carry: rate / √windows")
     axes.set_ylabel("gain over base, bits per character")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, metadata={"Software": None})

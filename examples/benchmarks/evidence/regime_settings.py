@@ -158,7 +158,5 @@ def setting(task: str, method: str, seed: int, rate: float | None = None) -> Set
 
 # Other noise, all else being equal: windows in a minibatch.
 SWEEP = [
-    replace(setting("lstm", method, 0), batch_size=size)
-    for size in (2, 8)
-    for method in ("base", "late-phase head")
+    replace(setting("lstm", method, 0), batch_size=size) for size in (2, 8) for method in ("base", "late-phase head")
 ]
