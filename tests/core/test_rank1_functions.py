@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from costs import Kernels
 from hf_latephase import LatePhase, LatePhaseConfig
-from hf_latephase.core.weights import rank1_functions
 from hf_latephase.core.weights.rank1_functions import rank1_linear, rank1_product
 
 
@@ -81,27 +80,6 @@ def test_frozen_inputs_get_no_gradient(frozen: int) -> None:
     wanted = [tensor for tensor in given if tensor.requires_grad]
     gradients = torch.autograd.grad(rank1_linear(*given).square().sum(), wanted)
     expected = torch.autograd.grad(formula(*given).square().sum(), wanted)
-    torch.testing.assert_close(gradients, expected, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("frozen", [(), (1,), (2, 3)], ids=["none", "weight", "factors"])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rows", [0.5, 1, 3], ids="{}_rows_a_block".format)
-def test_blocks_of_a_large_weight(
-    rows: float, transposed: bool, frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last of which has fewer rows, give what the whole would."""
-    given = inputs(transposed)
-    monkeypatch.setattr(rank1_functions, "BLOCK_BYTES", int(rows * given[1][0].nbytes))
-    for index in frozen:
-        given[index].requires_grad_(False)
-    wanted = [tensor for tensor in given if tensor.requires_grad]
-    by_blocks: list[object] = []
-    own = rank1_functions._gradients_by_blocks
-    monkeypatch.setattr(rank1_functions, "_gradients_by_blocks", lambda *a: by_blocks.append(a) or own(*a))
-    gradients = torch.autograd.grad(rank1_linear(*given, transposed=transposed).square().sum(), wanted)
-    expected = torch.autograd.grad(formula(*given, transposed=transposed).square().sum(), wanted)
-    assert len(by_blocks) == 1
     torch.testing.assert_close(gradients, expected, atol=1e-10, rtol=0)
 
 

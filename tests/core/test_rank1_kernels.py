@@ -85,12 +85,6 @@ def test_bytes_a_weight_and_minibatch() -> None:
     assert traffic.eager("bfloat16 autocast") == (17, 60)
 
 
-def test_passes_of_eager_arithmetic() -> None:
-    """Four a product, which is made twice; gradients in place need three by blocks, nine otherwise."""
-    assert traffic.eager("float32") == (11, 44)
-    assert traffic.eager("bfloat16 weights") == (11, 22)
-
-
 def test_no_kernels_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose layers do not even look for them."""
     monkeypatch.setattr(rank1_fused, "_working_kernels", None)

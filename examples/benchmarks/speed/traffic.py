@@ -50,39 +50,26 @@ class Traffic(TorchDispatchMode):
     """
     Counts what operations on tensors as large as a weight read and write, but for matrix products.
 
-    A block of such a tensor is in the cache once it has been read or written, so it counts once for each.
-
     Attributes:
-        passes (`float`): How many such tensors were read or written.
-        bytes (`float`): Their sizes.
+        passes (`int`): How many such tensors were read or written.
+        bytes (`int`): Their sizes.
     """
 
     def __init__(self, elements: int) -> None:
         super().__init__()
         self._elements = elements
-        self._cached: set[tuple[int, bool]] = set()
-        self.passes = self.bytes = 0.0
+        self.passes = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         operation = func.name().split("::")[1].split(".")[0]
         if not func.is_view and operation not in ("mm", "addmm", "detach", "empty_like", "_unsafe_view"):
             # What is written in place is read too. What is given to write into (`out`) is what is returned.
-            for is_output, tensors in enumerate((args, output)):
-                for tensor in tree_leaves(tensors):
-                    if isinstance(tensor, Tensor) and self._is_moved(tensor, bool(is_output)):
-                        self.passes += tensor.numel() / self._elements
-                        self.bytes += tensor.nbytes
+            for tensor in tree_leaves((args, output)):
+                if isinstance(tensor, Tensor) and tensor.numel() == self._elements:
+                    self.passes += 1
+                    self.bytes += tensor.nbytes
         return output
-
-    def _is_moved(self, tensor: Tensor, is_output: bool) -> bool:
-        whole = tensor.untyped_storage().nbytes() // tensor.element_size()
-        if tensor.numel() == self._elements or whole < self._elements:
-            return tensor.numel() == self._elements
-        block = (tensor.data_ptr(), is_output)
-        is_new = block not in self._cached
-        self._cached.add(block)
-        return is_new
 
 
 def eager(precision: str) -> tuple[float, float]:

@@ -14,9 +14,6 @@ from torch.autograd.function import once_differentiable
 from . import rank1_fused
 
 
-BLOCK_BYTES = 2**19  # of a weight, so that its gradient and a product of both stay in a core's cache, too
-
-
 def rank1_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     Returns `weight ∘ (left rightᵀ)`, of a weight `[n, m, ...]` and factors `[n]` and `[m]`.
@@ -142,9 +139,6 @@ def _gradients(
     """
     for_weight, for_factors = wanted[0], wanted[1] or wanted[2]
     in_place = in_place and grad.dtype == weight.dtype
-    is_large = weight.is_cpu and weight.nbytes > BLOCK_BYTES and len(weight) > 1
-    if in_place and is_large and not torch.compiler.is_compiling():
-        return _gradients_by_blocks(grad, weight, left, right, wanted)
     grad_weight = grad_left = grad_right = None
     if for_factors and (kernels := rank1_fused.kernels(weight, left, right, grad.dtype)) is not None:
         grad = grad.contiguous()
@@ -159,24 +153,6 @@ def _gradients(
         scaled = grad.mul_(columns) if in_place else grad * columns
         grad_weight = scaled.mul_(_rows(left, weight))
     return grad_weight, grad_left, grad_right
-
-
-def _gradients_by_blocks(
-    grad: Tensor, weight: Tensor, left: Tensor, right: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """
-    `_gradients` of matrices in place, one block of rows after another.
-
-    A block stays in the cache, so memory is passed over three times, not nine, and no intermediate is as large as the
-    weight.
-    """
-    rows = max(1, BLOCK_BYTES // weight[0].nbytes)
-    blocks = zip(torch.split(grad, rows), torch.split(weight, rows), torch.split(left, rows), strict=True)
-    parts = [_gradients(g, w, u, right, wanted, in_place=True) for g, w, u in blocks]
-    _, lefts, rights = zip(*parts, strict=True)
-    if lefts[0] is None:
-        return grad, None, None
-    return grad if wanted[0] else None, torch.cat(lefts), torch.stack(rights).sum(0)
 
 
 def _factor_gradients(product: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
