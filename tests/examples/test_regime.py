@@ -22,7 +22,7 @@ import run_cifar
 import run_enwik8
 from common.recipe import parse_arguments
 from hf_latephase import LatePhaseConfig
-from regime_settings import RECIPES, SWEEP, TASKS, Setting, setting
+from regime_settings import RECIPES, SWEEP, TASKS, setting
 from runs import RESULTS_PAGE, Run, difference, with_table
 
 
@@ -110,6 +110,17 @@ def test_the_first_seed_chooses_the_rate_of_the_others(ran, tmp_path) -> None:
     assert len(ran) == len(record["runs"])
 
 
+def test_all_seeds_decide_among_the_rates_that_have_them() -> None:
+    def run(rate: float, seed: int, bpc: float) -> dict[str, Any]:
+        return {"method": "base", "rate": rate, "batch_size": 4, "seed": seed, "validation": {"bpc": bpc}}
+
+    # The first seed likes 0.1, both together 0.2; 0.4 was tried by the first alone.
+    figures = regime_report.Figures([run(0.1, 0, 1.5), run(0.1, 1, 3.0), run(0.2, 0, 2.0), run(0.2, 1, 2.0)])
+    assert figures.first_choice("base", "", "bpc") == 0.1 and figures.chosen_rate("base", "", "bpc") == 0.2
+    figures.runs.append(run(0.4, 0, 1.0))
+    assert figures.first_choice("base", "", "bpc") == 0.4 and figures.chosen_rate("base", "", "bpc") == 0.2
+
+
 def test_what_has_run_is_read_not_repeated(ran, tmp_path, monkeypatch) -> None:
     regime.main()
     path, count = tmp_path / "lstm.json", len(ran)
@@ -190,8 +201,7 @@ def test_every_run_that_the_command_makes_is_recorded(name) -> None:
         assert not regime_report.figures_of(name).exists()  # not run yet: docs/results.md says so
         return
     runs = recorded(name)
-    made = [Setting.of("lstm" if name == "noise" else name, run) for run in runs]
-    assert made == regime.plan(name, regime_report.Figures(runs))
+    assert [regime.setting_of(name, run) for run in runs] == regime.plan(name, regime_report.Figures(runs))
 
 
 def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:

@@ -33,7 +33,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `runs` is
 
 from regime_report import Figures, figures_of, write_report
-from regime_settings import SWEEP, TASKS, Setting, setting
+from regime_settings import AVERAGED, SWEEP, TASKS, Setting, setting
 from runs import collect, command_line, environment, run_all
 
 
@@ -76,7 +76,7 @@ def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
             }
         for averaged, scores in found.items():
             for split, values in scores.items():
-                record[split + averaged * ", SWA"] = values
+                record[split + averaged * AVERAGED] = values
     return [record]
 
 
@@ -122,8 +122,14 @@ def recorded(name: str) -> dict[Setting, dict[str, Any]]:
     if not path.exists():
         return {}
     record = json.loads(path.read_text(encoding="utf-8"))
-    own = "lstm" if name == "noise" else name
-    return {Setting.of(own, run): run for run in record["runs"]} if record["environment"] == made_with() else {}
+    if record["environment"] != made_with():
+        return {}
+    return {setting_of(name, run): run for run in record["runs"]}
+
+
+def setting_of(name: str, run: dict[str, Any]) -> Setting:
+    """That of a run which the figures of a task hold."""
+    return Setting.of("lstm" if name == "noise" else name, run)
 
 
 def made_with() -> dict[str, Any]:
