@@ -46,11 +46,12 @@ def test_every_method_sees_as_much_at_the_same_rate(name, tmp_path) -> None:
     names = set()
     for method in task.methods:
         own = setting(name, method, 7)
-        run = own.run(tmp_path)
+        run = own.run(tmp_path, task.data and "elsewhere")
         names.add(run.folder)
-        *_, methods, config, args = parse_arguments(
+        *_, data, methods, config, args = parse_arguments(
             TYPES[task.script], [*run.arguments, f"--output_dir={tmp_path}", "--use_cpu"]
         )
+        assert task.data is None or getattr(data, task.data) == "elsewhere"
         assert len(methods.method) == 1
         assert (methods.method == ["late_phase"]) == method.startswith("late-phase")
         assert (args.seed, args.learning_rate, args.max_steps) == (7, task.rate, task.steps)
@@ -139,8 +140,8 @@ def test_what_has_run_is_read_not_repeated(ran, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [({"task": "mine"}, "task must be one of"), ({"task": "cifar"}, "dataset names"),
-     ({"task": "lstm", "dataset": "x"}, "dataset names")],
+    [({"task": "mine"}, "task must be one of"), ({"task": "cifar"}, "add --data"),
+     ({"task": "enwik6", "data": "nowhere"}, "does not exist"), ({"task": "steps", "data": "x"}, "leave data out")],
 )  # fmt: skip
 def test_what_is_refused(flags, message) -> None:
     with pytest.raises(ValueError, match=message):
@@ -197,9 +198,6 @@ def test_tables_are_made_from_the_figures() -> None:
 
 @pytest.mark.parametrize("name", regime.PLANS)
 def test_every_run_that_the_command_makes_is_recorded(name) -> None:
-    if name == "gpt2":
-        assert not regime_report.figures_of(name).exists()  # not run yet: docs/results.md says so
-        return
     runs = recorded(name)
     assert [regime.setting_of(name, run) for run in runs] == regime.plan(name, regime_report.Figures(runs))
 

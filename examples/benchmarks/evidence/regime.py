@@ -4,13 +4,15 @@ controls that explain it, and what else costs the same.
 
     python examples/benchmarks/evidence/regime.py --task lstm
     python examples/benchmarks/evidence/regime.py --task gpt2
-    python examples/benchmarks/evidence/regime.py --task cifar --dataset path/to/cifar10
+    python examples/benchmarks/evidence/regime.py --task enwik6 --data path/to/enwik6
+    python examples/benchmarks/evidence/regime.py --task cifar --data path/to/cifar10
     python examples/benchmarks/evidence/regime.py --task noise
+    python examples/benchmarks/evidence/regime.py --task steps
 
 Every run is `run_enwik8.py` or `run_cifar.py` with a recipe `regime_*.yaml`, in a folder of its own. The first seed of
 every method tries the same rates; the others run where that was best on validation, with and without the average over
 time, and at one rate that all methods share; of these the mean over all seeds decides. The task noise is the LSTM with
-minibatches of other sizes.
+minibatches of other sizes, the task steps with twice as many of them, at the rates that were chosen.
 
 The figures go to `regime_TASK.json` beside this file. What stands there from the same releases is not run again, nor
 what has finished in `output_dir`: an interrupted table goes on where it was. The tables made from all figures (see
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,11 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `runs` is
 
 from regime_report import Figures, figures_of, write_report
-from regime_settings import AVERAGED, SWEEP, TASKS, Setting, setting
+from regime_settings import AVERAGED, LONGER, LONGER_SEEDS, SWEEP, TASKS, Setting, setting
 from runs import collect, command_line, environment, run_all
 
 
-PLANS = [*TASKS, "noise"]
+PLANS = [*TASKS, "noise", "steps"]
 
 
 @dataclass
@@ -45,15 +47,20 @@ class RegimeArguments:
     """What is run, and where."""
 
     task: str = field(metadata={"help": f"One of {', '.join(PLANS)}."})
-    dataset: str | None = field(default=None, metadata={"help": "The images of the task cifar, as in run_cifar.py."})
+    data: str | None = field(default=None, metadata={"help": "Where the bytes of enwik6 or the images of cifar are."})
     output_dir: str = field(default="outputs/regime", metadata={"help": "Where the runs keep their models."})
     workers: int = field(default=2, metadata={"help": "Runs side by side, each on one thread."})
 
     def __post_init__(self) -> None:
         if self.task not in PLANS:
             raise ValueError(f"task must be one of {PLANS}, got {self.task!r}.")
-        if (self.task == "cifar") != (self.dataset is not None):
-            raise ValueError("dataset names the images of the task cifar: give it there, and there only.")
+        needs_data = self.task in TASKS and TASKS[self.task].data is not None
+        if needs_data and self.data is None:
+            raise ValueError(f"The data of the task {self.task} are not in the repository: add --data PATH.")
+        if self.data is not None and not needs_data:
+            raise ValueError(f"The data of the task {self.task} are in the repository: leave data out.")
+        if self.data is not None and not Path(self.data).exists():
+            raise ValueError(f"data names {self.data!r}, which does not exist.")
 
 
 def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -81,9 +88,11 @@ def records_of(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def first_plan(name: str) -> list[Setting]:
-    """The runs of a task that depend on no others."""
+    """The runs of a task that depend on no others of it."""
     if name == "noise":
         return SWEEP
+    if name == "steps":
+        return longer(Figures.of("lstm"))
     task = TASKS[name]
     tried = [
         setting(name, key, 0, rate)
@@ -97,6 +106,17 @@ def first_plan(name: str) -> list[Setting]:
         if seed < method.shared
     ]
     return list(dict.fromkeys(tried + shared))
+
+
+def longer(figures: Figures) -> list[Setting]:
+    """The LSTM's runs with twice as many minibatches, at the rates that its figures choose."""
+    own = TASKS["lstm"]
+    return [
+        replace(setting("lstm", key, seed, rate), steps=2 * own.steps)
+        for seed in range(LONGER_SEEDS)
+        for key in LONGER
+        for rate in sorted({figures.chosen_rate(key, result, own.measure) for result in own.methods[key].results})
+    ]
 
 
 def plan(name: str, figures: Figures) -> list[Setting]:
@@ -129,7 +149,7 @@ def recorded(name: str) -> dict[Setting, dict[str, Any]]:
 
 def setting_of(name: str, run: dict[str, Any]) -> Setting:
     """That of a run which the figures of a task hold."""
-    return Setting.of("lstm" if name == "noise" else name, run)
+    return Setting.of(name if name in TASKS else "lstm", run)
 
 
 def made_with() -> dict[str, Any]:
@@ -142,7 +162,7 @@ def run_missing(
 ) -> dict[Setting, dict[str, Any]]:
     """Returns the figures of all settings; what is not known runs, unless it has finished in an earlier call."""
     missing = [own for own in settings if own not in known]
-    runs = [own.run(Path(arguments.output_dir), arguments.dataset) for own in missing]
+    runs = [own.run(Path(arguments.output_dir), arguments.data) for own in missing]
     run_all(runs, arguments.workers)
     found = collect(runs, records_of, ())["runs"]
     return known | dict(zip(missing, found, strict=True))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "toy"))
 from common.report import COLOURS
 from quadratic_theory import Method, NoisyQuadratic, steady_state_loss
 from regime_settings import AVERAGED as SWA
-from regime_settings import TASKS
+from regime_settings import LONGER, TASKS
 from runs import README, RESULTS, RESULTS_PAGE, difference, markdown, put_into_page, spread
 
 
@@ -245,12 +245,37 @@ def draw_noise(path: Path) -> None:
     plt.close(figure)
 
 
+# ---- more minibatches ----
+
+
+def steps_table() -> str:
+    """What twice as many minibatches bring each method, and how far it is ahead of base then."""
+    task, usual, longer = TASKS["lstm"], Figures.of("lstm"), Figures.of("steps")
+
+    def values(figures: Figures, method: str, averaged: str) -> list[float]:
+        rate = usual.chosen_rate(method, averaged, task.measure)
+        return figures.values(method, rate, f"test{averaged}", task.measure)
+
+    lines = []
+    for method in LONGER:
+        for averaged in task.methods[method].results:
+            own = values(longer, method, averaged)
+            before = values(usual, method, averaged)[: len(own)]
+            cells = [f"{usual.chosen_rate(method, averaged, task.measure):g}", spread(before), spread(own)]
+            base = values(longer, BASE, averaged)
+            lines.append([method + averaged, *cells, ahead(own, before), ahead(own, base), str(len(own))])
+    counts = (f"{task.steps:,} minibatches", f"{2 * task.steps:,}")
+    header = ["method", "rate", *counts, "gain", "ahead of base, of base with SWA", "seeds"]
+    return markdown(header, 1, lines)
+
+
 # ---- what to use ----
 
 
 # What figures are called, the measure of each, and its digits.
 RANKED = {
     "lstm": ("bits per character", "bpc", 3),
+    "enwik6": ("bits per character", "bpc", 3),
     "gpt2": ("bits per character", "bpc", 3),
     "cifar": ("accuracy in per cent", "accuracy", 2),
 }
@@ -275,8 +300,6 @@ def what_to_use() -> str:
     """All that cost the same, the best first, with its distance from the best."""
     lines = []
     for name, (unit, measure, digits) in RANKED.items():
-        if not Figures.of(name):
-            continue
         ranked = best_first(name)
         for key, own in ranked:
             behind = ahead(ranked[0][1], own, digits, higher=measure == "accuracy")
@@ -310,8 +333,11 @@ CONTROLS = {"base": BASE, "one member": ONE}
 TABLES = {
     "regime_lstm_tuned": (lambda: comparison("lstm", BITS, CONTROLS, tuned=True), (RESULTS_PAGE, RESULTS)),
     "regime_lstm": (lambda: comparison("lstm", BITS, CONTROLS), (RESULTS_PAGE, RESULTS)),
-    "regime_cifar": (lambda: comparison("cifar", IMAGES, {"base": BASE}), (RESULTS_PAGE, RESULTS)),
+    "regime_enwik6": (lambda: comparison("enwik6", BITS, CONTROLS, tuned=True), (RESULTS_PAGE, RESULTS)),
+    "regime_gpt2": (lambda: comparison("gpt2", BITS, CONTROLS, tuned=True), (RESULTS_PAGE, RESULTS)),
+    "regime_cifar": (lambda: comparison("cifar", IMAGES, {"base": BASE}, tuned=True), (RESULTS_PAGE, RESULTS)),
     "regime_noise": (noise_table, (RESULTS_PAGE, RESULTS)),
+    "regime_steps": (steps_table, (RESULTS_PAGE, RESULTS)),
     "what_to_use": (what_to_use, (RESULTS_PAGE, RESULTS)),
     "demo": (demo, (README,)),
 }
@@ -319,7 +345,7 @@ TABLES = {
 
 def write_report() -> None:
     """Writes all tables and the figure anew, as soon as every task that they need has run."""
-    if not all(Figures.of(name) for name in ("lstm", "cifar", "noise")):
+    if not all(map(Figures.of, (*TASKS, "noise", "steps"))):
         return
     for mark, (table, pages) in TABLES.items():
         for page in pages:

@@ -52,6 +52,7 @@ class Task:
         batch_size, steps (`int`): The recipe's.
         measure (`str`): What validation chooses by.
         methods (`dict[str, Method]`): By name.
+        data (`str`, *optional*): The script's flag for data from elsewhere; none: what the repository embeds.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Task:
     steps: int
     measure: str
     methods: dict[str, Method]
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ class Setting:
         words = self.method.replace(",", "").replace(" ", "_").replace("(", "").replace(")", "").replace("=", "")
         return f"{words}-b{self.batch_size}-r{self.rate:g}-n{self.steps}-s{self.seed}"
 
-    def run(self, folder: Path, dataset: str | None = None) -> Run:
-        """The run, in a folder of its own."""
+    def run(self, folder: Path, data: str | None = None) -> Run:
+        """The run, in a folder of its own; of a task with data from elsewhere, their path is given."""
         task = TASKS[self.task]
         flags = [
             *task.methods[self.method].flags,
@@ -98,19 +100,20 @@ class Setting:
             f"--max_steps={self.steps}",
             f"--seed={self.seed}",
         ]
-        if dataset is not None:
-            flags.append(f"--dataset={dataset}")
+        if data is not None:
+            flags.append(f"--{task.data}={data}")
         labels = {key: value for key, value in asdict(self).items() if key != "task"}
         return Run(folder / self.task / self.name, task.script, [str(RECIPES / task.recipe), *flags], labels)
 
 
 BASE, ONE, ACCUMULATION, LATE = ([f"--method={name}"] for name in ("base", "one_member", "accumulation", "late_phase"))
 HEAD, NORM, RANK1 = (f"--weights={name}" for name in ("head", "norm", "rank1"))  # one head or norm is no new parameter
-DECAY, COSINE = ["--decay_after_start=true"], ["--lr_scheduler_type=cosine"]
+DECAY = ["--decay_after_start=true"]  # linear, from T0 on
+LINEAR, COSINE = (["--lr_scheduler_type=" + name] for name in ("linear", "cosine"))
 TASKS = {
     "lstm": Task(
         *("LSTM of 128 units, Python's language reference", "run_enwik8.py", "regime_lstm.yaml"),
-        *((0.00125, 0.0025, 0.005, 0.01, 0.02), 0.005, 4, 4000, "bpc"),
+        *((0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04), 0.005, 4, 4000, "bpc"),
         {
             "base": Method(BASE, 5),
             "one member (rank-1)": Method([*ONE, RANK1], 5),
@@ -129,7 +132,7 @@ TASKS = {
     ),
     "gpt2": Task(
         *("gpt2 of 2 layers, Python's language reference", "run_enwik8.py", "regime_gpt2.yaml"),
-        *((0.001, 0.002, 0.004), 0.002, 4, 4000, "bpc"),
+        *((0.001, 0.002, 0.004, 0.008), 0.002, 4, 4000, "bpc"),
         {
             "base": Method(BASE),
             "one member (rank-1)": Method([*ONE, RANK1]),
@@ -139,13 +142,33 @@ TASKS = {
             "base, linear decay": Method([*BASE, *DECAY]),
         },
     ),
+    "enwik6": Task(
+        *("LSTM of 128 units, the first 1,000,000 bytes of enwik8", "run_enwik8.py", "regime_lstm.yaml"),
+        *((0.0025, 0.005, 0.01, 0.02), 0.005, 4, 4000, "bpc"),
+        {
+            "base": Method(BASE),
+            "one member (rank-1)": Method([*ONE, RANK1]),
+            "accumulation (plain)": Method([*ACCUMULATION, HEAD]),
+            "late-phase rank-1": Method([*LATE, RANK1]),
+            "late-phase head": Method([*LATE, HEAD]),
+            "base, linear decay": Method([*BASE, *DECAY]),
+            "base, cosine": Method([*BASE, *COSINE], tuned=3),
+            "base, schedule-free": Method([*BASE, "--optim=schedule_free_adamw"], tuned=3, average=None),
+        },
+        data="data_file",
+    ),
     "cifar": Task(
         *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml"),
-        *((0.05, 0.1, 0.2), 0.1, 25, 2000, "nll"),
+        *((0.025, 0.05, 0.1, 0.2), 0.1, 25, 2000, "nll"),
         {
-            "base": Method(BASE, 3, tuned=0),
-            "late-phase norm and head": Method(LATE, 3, tuned=0),
+            "base": Method(BASE, 3, tuned=3),
+            "accumulation (plain)": Method(ACCUMULATION, tuned=3),
+            "late-phase norm and head": Method(LATE, 3, tuned=3),
+            "base, linear": Method([*BASE, *LINEAR], tuned=3),
+            "base, cosine": Method([*BASE, *COSINE], tuned=3),
+            "late-phase norm and head, linear": Method([*LATE, *LINEAR], tuned=3),
         },
+        data="dataset",
     ),
 }
 
@@ -158,5 +181,9 @@ def setting(task: str, method: str, seed: int, rate: float | None = None) -> Set
 
 # Other noise, all else being equal: windows in a minibatch.
 SWEEP = [
-    replace(setting("lstm", method, 0), batch_size=size) for size in (2, 8) for method in ("base", "late-phase head")
+    replace(setting("lstm", method, 0), batch_size=size)
+    for size in (2, 8, 16, 64)
+    for method in ("base", "late-phase head")
 ]
+# Twice as many minibatches for these, at the rates that suit them, with so many seeds.
+LONGER, LONGER_SEEDS = ("base", "accumulation (plain)", "late-phase head", "base, linear decay"), 3
