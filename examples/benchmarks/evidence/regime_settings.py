@@ -183,7 +183,7 @@ def setting(task: str, method: str, seed: int, rate: float | None = None) -> Set
 SWEEP = [
     replace(setting("lstm", method, 0), batch_size=size)
     for size in (2, 8, 16, 64)
-    for method in ("base", "late-phase head")
+    for method in ("base", "accumulation (plain)", "late-phase head")
 ]
 # Twice as many minibatches for these, at the rates that suit them, with so many seeds.
 LONGER, LONGER_SEEDS = ("base", "accumulation (plain)", "late-phase head", "base, linear decay"), 3
