@@ -136,6 +136,7 @@ TASKS = {
         {
             "base": Method(BASE),
             "one member (rank-1)": Method([*ONE, RANK1]),
+            "accumulation (rank-1)": Method([*ACCUMULATION, RANK1]),
             "accumulation (plain)": Method([*ACCUMULATION, NORM]),
             "late-phase norm": Method([*LATE, NORM]),
             "late-phase rank-1": Method([*LATE, RANK1]),
@@ -184,6 +185,7 @@ SWEEP = [
     replace(setting("lstm", method, 0), batch_size=size)
     for size in (2, 8, 16, 64)
     for method in ("base", "accumulation (plain)", "late-phase head")
+    if size < 64 or method != "accumulation (plain)"  # of the largest the two that are compared: they take longest
 ]
 # Twice as many minibatches for these, at the rates that suit them, with so many seeds.
 LONGER, LONGER_SEEDS = ("base", "accumulation (plain)", "late-phase head", "base, linear decay"), 3
