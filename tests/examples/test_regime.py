@@ -231,24 +231,37 @@ def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
     assert abs(mean) < width  # level
 
 
+class Chosen:
+    """A task's methods on test, each at the rate that validation chose."""
+
+    def __init__(self, name: str, measure: str = "bpc") -> None:
+        self.figures, self.task, self.measure = regime_report.Figures.of(name), TASKS[name], measure
+
+    def rate(self, method: str, averaged: str = "") -> float:
+        return self.figures.chosen_rate(method, averaged, self.task.measure)
+
+    def __call__(self, method: str, averaged: str = "") -> list[float]:
+        return self.figures.values(method, self.rate(method, averaged), f"test{averaged}", self.measure)
+
+
+def ahead(own: list[float], other: list[float], sign: int = 1, digits: int = 3) -> str:
+    """How far the first is below the second, once it is sure that the interval is above, around (0) or below zero."""
+    mean, width = difference(other[: len(own)], own[: len(other)])
+    assert sign == (mean > width) - (mean < -width), (mean, width)
+    return f"{mean:.{digits}f} ± {width:.{digits}f}"
+
+
+def results_page() -> str:
+    return " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+
+
 def test_what_is_said_of_rates_of_their_own_is_what_the_figures_say() -> None:
-    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
-    figures, swa = regime_report.Figures.of("lstm"), regime_report.SWA
+    words, test, swa = results_page(), Chosen("lstm"), regime_report.SWA
     head, rank1, one, base = "late-phase head", "late-phase rank-1", "one member (rank-1)", "base"
     accumulation, decay = "accumulation (plain)", ", linear decay"
-
-    def test(method: str, averaged: str = "") -> list[float]:
-        return figures.values(method, figures.chosen_rate(method, averaged, "bpc"), f"test{averaged}", "bpc")
-
-    def ahead(own: list[float], other: list[float], sign: int = 1) -> str:
-        mean, width = difference(other[: len(own)], own[: len(other)])
-        assert sign == (mean > width) - (mean < -width)  # 0: the interval includes zero
-        return f"{mean:.3f} ± {width:.3f}"
-
     over_base, over_one = ahead(test(head), test(base)), ahead(test(head), test(one))
     assert f"output layers are ahead of base**, by {over_base}, and of one member by {over_one}." in words
-    rates = [figures.chosen_rate(method, "", "bpc") for method in (head, base)]
-    assert rates[0] == 2 * rates[1] and "they do best at twice the rate of base" in words
+    assert test.rate(head) == 2 * test.rate(base) and "they do best at twice the rate of base" in words
     assert f"rank-1 weights are ahead of their one member**, by {ahead(test(rank1), test(one))};" in words
     assert f"They are not ahead of base ({ahead(test(rank1), test(base), 0)})" in words
     assert f"rank-1 parameters alone cost {difference(test(one), test(base))[0]:.3f} here" in words
@@ -263,7 +276,7 @@ def test_what_is_said_of_rates_of_their_own_is_what_the_figures_say() -> None:
     for other in decaying[1:]:
         ahead(other, decaying[0], 0)  # level
     for page, sentence in (
-        ("README.md", f"With a rate chosen for each it is ahead by {over_base}."),
+        ("README.md", f"With a rate chosen for each it is ahead by {over_base}"),
         ("docs/guide.md", f"limits training they gain {over_base[:5]} bits."),
         (
             "examples/benchmarks/RESULTS.md",
@@ -274,34 +287,96 @@ def test_what_is_said_of_rates_of_their_own_is_what_the_figures_say() -> None:
         assert sentence in " ".join(text.split()), page
 
 
+def test_what_is_said_of_the_second_text_is_what_the_figures_say() -> None:
+    words, test, swa = results_page(), Chosen("enwik6"), regime_report.SWA
+    head, rank1, one, base = "late-phase head", "late-phase rank-1", "one member (rank-1)", "base"
+    accumulation = test("accumulation (plain)")
+    over_base, over_one = ahead(test(head), test(base)), ahead(test(head), test(one))
+    assert (
+        f"Members of the output layer are ahead of base**, by {over_base}, and of one member by {over_one}." in words
+    )
+    assert f"Accumulation is level with them ({ahead(accumulation, test(head), 0)} ahead)." in words
+    over_one, over_base = ahead(test(rank1), test(one)), ahead(test(rank1), test(base), 0)
+    assert f"ahead of their one member, by {over_one}, and not of base ({over_base})." in words
+    without, averaged = ahead(test(base, swa), test(head)), ahead(test(base, swa), test(head, swa))
+    assert f"SWA of base is {without} ahead of the members without SWA, and {averaged} with it." in words
+    decay = ahead(test("base, linear decay"), test(base, swa), 0)
+    assert f"A rate that decays is level with SWA of base here ({decay})." in words
+
+
+def test_what_is_said_of_the_transformer_is_what_the_figures_say() -> None:
+    words, test, swa = results_page(), Chosen("gpt2"), regime_report.SWA
+    norm, rank1, one, base = "late-phase norm", "late-phase rank-1", "one member (rank-1)", "base"
+    decay = "base, linear decay"
+    over_base, over_one = ahead(test(norm), test(base)), ahead(test(norm), test(one))
+    assert f"norm layers are ahead of base**, by {over_base}, and of one member by {over_one}." in words
+    assert f"Accumulation is level with them ({ahead(test(norm), test('accumulation (plain)'), 0)})." in words
+    assert f"rank-1 weights are ahead of their one member**, by {ahead(test(rank1), test(one))}." in words
+    assert f"Over base they have {ahead(test(rank1), test(base), 0)}, which includes zero." in words
+    assert f"SWA of base is {ahead(test(base, swa), test(norm, swa))} ahead of the norm layers with SWA." in words
+    others = [test(method, a) for method in TASKS["gpt2"].methods if "decay" not in method for a in ("", swa)]
+    assert all(statistics.mean(test(decay)) < statistics.mean(other) for other in others)
+    assert f"ahead of all, of SWA of base by {ahead(test(decay), test(base, swa))}." in words
+    readme = " ".join((RESULTS_PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert f"norm layers of a small gpt2 by {over_base}" in readme
+
+
 def test_what_is_said_of_noise_is_what_the_figures_say() -> None:
-    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+    words = results_page()
     found = {noise: statistics.mean(own) for noise, own in regime_report.gains("late-phase head").items()}
     predicted = {noise: regime_report.own_gain() * regime_report.predicted_gain(noise, adam=True) for noise in found}
 
     def pair(size: int, rate: float) -> tuple[str, str]:
         return f"{found[size, rate]:.3f}", f"{predicted[size, rate]:.3f}"
 
-    assert (
-        "at 0.01 members gain {} (predicted {}), at 0.02 {} ({}), in".format(*pair(4, 0.01), *pair(4, 0.02)) in words
-    )
-    assert "of two windows {} ({}), of eight {} ({}).".format(*pair(2, 0.005), *pair(8, 0.005)) in words
+    rates = (*pair(4, 0.01), *pair(4, 0.02), *pair(4, 0.04))
+    assert "at 0.01 members gain {} (predicted {}), at 0.02 {} ({}), at 0.04 {} ({}).".format(*rates) in words
+    assert "of two windows they gain {} ({}), of eight {} ({}).".format(*pair(2, 0.005), *pair(8, 0.005)) in words
     assert f"{-found[4, 0.0025]:.3f} at half the rate, {-found[4, 0.00125]:.3f} at a quarter" in words
+    sizes = (*pair(16, 0.005), *pair(64, 0.005))
+    assert "Of 16 windows members gain {} (predicted {}), of 64 {} ({}).".format(*sizes) in words
+    task, bytes_of_training = TASKS["lstm"], 419_571
+    passes = [round(size * 100 * task.steps / bytes_of_training) for size in (16, 64)]
+    assert "sees the text {} and {} times there".format(*passes) in words
+    (few,), (many,) = (regime_report.all_runs().values("base", task.rate, "test", "bpc", size) for size in (16, 64))
+    assert many > few and f"overfits: {many:.3f} of 64 windows, {few:.3f} of 16." in words
+    (accumulation,) = regime_report.gains("accumulation (plain)")[16, task.rate]
+    assert f"and accumulation of 16 windows gains {accumulation:.3f}." in words
+
+
+def test_what_is_said_of_more_minibatches_is_what_the_figures_say() -> None:
+    words, task, swa = results_page(), TASKS["lstm"], regime_report.SWA
+    usual, longer = Chosen("lstm"), Chosen("lstm")
+    longer.figures = regime_report.Figures.of("steps")
+    head, base = "late-phase head", "base"
+    assert {run["steps"] for run in longer.figures.runs} == {2 * task.steps}
+    assert f"**They help base**, by {ahead(longer(base), usual(base)[:3])}" in words
+    assert f"Members keep a lead of {ahead(longer(head), longer(base), 0)}, which includes zero" in words
+    behind = statistics.mean(usual(head)[:3]) - statistics.mean(longer(base))
+    assert f"they had come within {behind:.3f} of what base has" in words
+    average, decay = ahead(longer(base, swa), longer(head)), ahead(longer("base, linear decay"), longer(head))
+    assert f"SWA of base is {average} ahead of the members without SWA, linear decay {decay}." in words
 
 
 def test_what_is_said_of_the_image_classifier_is_what_the_figures_say() -> None:
-    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
-    figures, rate = regime_report.Figures.of("cifar"), TASKS["cifar"].rate
+    words, swa = results_page(), regime_report.SWA
+    late, accumulation, linear = "late-phase norm and head", "accumulation (plain)", "base, linear"
+    nats, accuracy = Chosen("cifar", "nll"), Chosen("cifar", "accuracy")
 
-    def test(method: str, averaged: str = "") -> list[float]:
-        return figures.values(method, rate, f"test{averaged}", "accuracy")
+    def points(own: list[float], other: list[float], sign: int) -> str:
+        return ahead([-value for value in own], [-value for value in other], sign, 2)
 
-    late, swa = "late-phase norm and head", ", SWA"
-    assert all(own > base for own, base in zip(test(late), test("base"), strict=True))
-    mean, width = difference(test(late), test("base"))
-    assert mean < width and f"by {mean:.2f} points on average" in words and f"± {width:.2f}, includes zero" in words
-    mean, width = difference(test("base", swa), test(late, swa))
-    assert mean > width and f"With SWA base is ahead by {mean:.2f} ± {width:.2f}." in words
+    over_base = points(accuracy(late), accuracy("base"), 0)
+    assert f"ahead of base**, by {over_base} points, which includes zero, and by" in words
+    assert f"and by {ahead(nats(late), nats('base'), 0)} nats, which includes zero." in words
+    level = points(accuracy(accumulation), accuracy(late), 0), ahead(nats(accumulation), nats(late), 0)
+    assert "Accumulation is level with it, by {} points and {} nats.".format(*level) in words
+    averaged = points(accuracy("base", swa), accuracy(late, swa), 0)
+    assert f"With SWA base is {averaged} points ahead of late-phase training;" in words
+    averaged = points(accuracy(accumulation, swa), accuracy("base", swa), 0)
+    assert f"Accumulation with SWA is level with base with SWA ({averaged})." in words
+    means = [statistics.mean(accuracy(*which)) for which in ((linear,), (late + ", linear",), ("base", swa))]
+    assert "has {:.1f} %, with members {:.1f} %. SWA of base has {:.1f} %.".format(*means) in words
 
 
 def test_the_demo_is_what_its_table_is_made_of() -> None:

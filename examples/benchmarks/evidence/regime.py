@@ -12,7 +12,7 @@ controls that explain it, and what else costs the same.
 Every run is `run_enwik8.py` or `run_cifar.py` with a recipe `regime_*.yaml`, in a folder of its own. The first seed of
 every method tries the same rates; the others run where that was best on validation, with and without the average over
 time, and at one rate that all methods share; of these the mean over all seeds decides. The task noise is the LSTM with
-minibatches of other sizes, the task steps with twice as many of them, at the rates that were chosen.
+minibatches of other sizes, the task steps with twice as many of them.
 
 The figures go to `regime_TASK.json` beside this file. What stands there from the same releases is not run again, nor
 what has finished in `output_dir`: an interrupted table goes on where it was. The tables made from all figures (see
@@ -109,7 +109,7 @@ def first_plan(name: str) -> list[Setting]:
 
 
 def longer(figures: Figures) -> list[Setting]:
-    """The LSTM's runs with twice as many minibatches, at the rates that its figures choose."""
+    """The LSTM's runs with twice as many minibatches, each at all rates that its figures choose for one of them."""
     own = TASKS["lstm"]
     return [
         replace(setting("lstm", key, seed, rate), steps=2 * own.steps)

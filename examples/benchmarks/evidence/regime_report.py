@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "toy"))
 from common.report import COLOURS
 from quadratic_theory import Method, NoisyQuadratic, steady_state_loss
 from regime_settings import AVERAGED as SWA
-from regime_settings import LONGER, TASKS
+from regime_settings import LONGER, LONGER_SEEDS, TASKS
 from runs import README, RESULTS, RESULTS_PAGE, difference, markdown, put_into_page, spread
 
 
@@ -249,24 +249,24 @@ def draw_noise(path: Path) -> None:
 
 
 def steps_table() -> str:
-    """What twice as many minibatches bring each method, and how far it is ahead of base then."""
-    task, usual, longer = TASKS["lstm"], Figures.of("lstm"), Figures.of("steps")
-
-    def values(figures: Figures, method: str, averaged: str) -> list[float]:
-        rate = usual.chosen_rate(method, averaged, task.measure)
-        return figures.values(method, rate, f"test{averaged}", task.measure)
-
+    """What twice as many minibatches bring each method, at the rate that validation chooses for either number."""
+    task = TASKS["lstm"]
+    counts = {f"{task.steps:,}": Figures.of("lstm"), f"{2 * task.steps:,}": Figures.of("steps")}
     lines = []
     for method in LONGER:
         for averaged in task.methods[method].results:
-            own = values(longer, method, averaged)
-            before = values(usual, method, averaged)[: len(own)]
-            cells = [f"{usual.chosen_rate(method, averaged, task.measure):g}", spread(before), spread(own)]
-            base = values(longer, BASE, averaged)
-            lines.append([method + averaged, *cells, ahead(own, before), ahead(own, base), str(len(own))])
-    counts = (f"{task.steps:,} minibatches", f"{2 * task.steps:,}")
-    header = ["method", "rate", *counts, "gain", "ahead of base, of base with SWA", "seeds"]
-    return markdown(header, 1, lines)
+            cells, found = [], []
+            for figures in counts.values():
+                rates = [figures.chosen_rate(of, averaged, task.measure) for of in (method, BASE)]
+                own, base = (
+                    figures.values(of, rate, f"test{averaged}", task.measure)[:LONGER_SEEDS]
+                    for of, rate in zip((method, BASE), rates, strict=True)
+                )
+                cells += [f"{rates[0]:g}", spread(own), ahead(own, base)]
+                found.append(own)
+            lines.append([method + averaged, *cells, ahead(*reversed(found)), str(len(own))])
+    columns = [f"{count}: {column}" for count in counts for column in ("rate", "test", "ahead of base")]
+    return markdown(["method", *columns, "gain", "seeds"], 1, lines)
 
 
 # ---- what to use ----

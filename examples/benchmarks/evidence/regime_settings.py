@@ -136,7 +136,6 @@ TASKS = {
         {
             "base": Method(BASE),
             "one member (rank-1)": Method([*ONE, RANK1]),
-            "accumulation (rank-1)": Method([*ACCUMULATION, RANK1]),
             "accumulation (plain)": Method([*ACCUMULATION, NORM]),
             "late-phase norm": Method([*LATE, NORM]),
             "late-phase rank-1": Method([*LATE, RANK1]),
@@ -162,9 +161,9 @@ TASKS = {
         *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml"),
         *((0.025, 0.05, 0.1, 0.2), 0.1, 25, 2000, "nll"),
         {
-            "base": Method(BASE, 3, tuned=8),
-            "accumulation (plain)": Method(ACCUMULATION, tuned=8),
-            "late-phase norm and head": Method(LATE, 3, tuned=8),
+            "base": Method(BASE, 3, tuned=3),
+            "accumulation (plain)": Method(ACCUMULATION, tuned=3),
+            "late-phase norm and head": Method(LATE, 3, tuned=3),
             "base, linear": Method([*BASE, *LINEAR], tuned=3),
             "base, cosine": Method([*BASE, *COSINE], tuned=3),
             "late-phase norm and head, linear": Method([*LATE, *LINEAR], tuned=3),
@@ -187,5 +186,5 @@ SWEEP = [
     for method in ("base", "accumulation (plain)", "late-phase head")
     if size < 64 or method != "accumulation (plain)"  # of the largest the two that are compared: they take longest
 ]
-# Twice as many minibatches for these, at the rates that suit them, with so many seeds.
+# Twice as many minibatches for these, with so many seeds.
 LONGER, LONGER_SEEDS = ("base", "accumulation (plain)", "late-phase head", "base, linear decay"), 3
