@@ -313,10 +313,14 @@ def test_what_is_said_of_the_transformer_is_what_the_figures_say() -> None:
     assert f"Accumulation is level with them ({ahead(test(norm), test('accumulation (plain)'), 0)})." in words
     assert f"rank-1 weights are ahead of their one member**, by {ahead(test(rank1), test(one))}." in words
     assert f"Over base they have {ahead(test(rank1), test(base), 0)}, which includes zero." in words
+    level = ahead(test("accumulation (rank-1)"), test(rank1), 0)
+    assert f"Accumulation with such factors is level with them ({level} ahead)." in words
     assert f"SWA of base is {ahead(test(base, swa), test(norm, swa))} ahead of the norm layers with SWA." in words
     others = [test(method, a) for method in TASKS["gpt2"].methods if "decay" not in method for a in ("", swa)]
     assert all(statistics.mean(test(decay)) < statistics.mean(other) for other in others)
     assert f"ahead of all, of SWA of base by {ahead(test(decay), test(base, swa))}." in words
+    members = ahead(test(decay), test("late-phase norm, linear decay"))
+    assert f"With linear decay norm members are {members} behind plain training with it." in words
     readme = " ".join((RESULTS_PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
     assert f"norm layers of a small gpt2 by {over_base}" in readme
 

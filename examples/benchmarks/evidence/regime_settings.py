@@ -136,10 +136,12 @@ TASKS = {
         {
             "base": Method(BASE),
             "one member (rank-1)": Method([*ONE, RANK1]),
+            "accumulation (rank-1)": Method([*ACCUMULATION, RANK1]),
             "accumulation (plain)": Method([*ACCUMULATION, NORM]),
             "late-phase norm": Method([*LATE, NORM]),
             "late-phase rank-1": Method([*LATE, RANK1]),
             "base, linear decay": Method([*BASE, *DECAY]),
+            "late-phase norm, linear decay": Method([*LATE, NORM, *DECAY], tuned=3),
         },
     ),
     "enwik6": Task(
