@@ -355,7 +355,7 @@ def test_what_is_said_of_more_minibatches_is_what_the_figures_say() -> None:
     head, base = "late-phase head", "base"
     assert {run["steps"] for run in longer.figures.runs} == {2 * task.steps}
     assert f"**They help base**, by {ahead(longer(base), usual(base)[:3])}" in words
-    assert f"Members keep a lead of {ahead(longer(head), longer(base), 0)}, which includes zero" in words
+    assert f"Members keep a lead of {ahead(longer(head), longer(base))}." in words
     behind = statistics.mean(usual(head)[:3]) - statistics.mean(longer(base))
     assert f"they had come within {behind:.3f} of what base has" in words
     average, decay = ahead(longer(base, swa), longer(head)), ahead(longer("base, linear decay"), longer(head))

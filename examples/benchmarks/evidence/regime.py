@@ -111,11 +111,12 @@ def first_plan(name: str) -> list[Setting]:
 def longer(figures: Figures) -> list[Setting]:
     """The LSTM's runs with twice as many minibatches, each at all rates that its figures choose for one of them."""
     own = TASKS["lstm"]
+    rates = {figures.chosen_rate(key, result, own.measure) for key in LONGER for result in own.methods[key].results}
     return [
         replace(setting("lstm", key, seed, rate), steps=2 * own.steps)
         for seed in range(LONGER_SEEDS)
         for key in LONGER
-        for rate in sorted({figures.chosen_rate(key, result, own.measure) for result in own.methods[key].results})
+        for rate in sorted(rates)
     ]
 
 
