@@ -163,9 +163,9 @@ TASKS = {
         *("WideResNet 10-1, 9,000 images of CIFAR-10", "run_cifar.py", "regime_cifar.yaml"),
         *((0.025, 0.05, 0.1, 0.2), 0.1, 25, 2000, "nll"),
         {
-            "base": Method(BASE, 3, tuned=3),
-            "accumulation (plain)": Method(ACCUMULATION, tuned=3),
-            "late-phase norm and head": Method(LATE, 3, tuned=3),
+            "base": Method(BASE, 3, tuned=8),
+            "accumulation (plain)": Method(ACCUMULATION, tuned=8),
+            "late-phase norm and head": Method(LATE, 3, tuned=8),
             "base, linear": Method([*BASE, *LINEAR], tuned=3),
             "base, cosine": Method([*BASE, *COSINE], tuned=3),
             "late-phase norm and head, linear": Method([*LATE, *LINEAR], tuned=3),
