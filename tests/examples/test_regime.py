@@ -148,6 +148,11 @@ def test_what_is_refused(flags, message) -> None:
         regime.RegimeArguments(**flags)
 
 
+def test_more_minibatches_need_the_usual_ones() -> None:
+    with pytest.raises(ValueError, match="figures of lstm"):
+        regime.longer(regime_report.Figures([]))
+
+
 def test_the_closed_form_falls_with_noise() -> None:
     task = TASKS["lstm"]
     gain = regime_report.predicted_gain

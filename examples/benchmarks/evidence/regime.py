@@ -110,6 +110,8 @@ def first_plan(name: str) -> list[Setting]:
 
 def longer(figures: Figures) -> list[Setting]:
     """The LSTM's runs with twice as many minibatches, each at all rates that its figures choose for one of them."""
+    if not figures:
+        raise ValueError("The task steps takes its rates from the figures of lstm, which has not run: run it first.")
     own = TASKS["lstm"]
     rates = {figures.chosen_rate(key, result, own.measure) for key in LONGER for result in own.methods[key].results}
     return [
