@@ -23,7 +23,7 @@ import run_enwik8
 from common.recipe import parse_arguments
 from hf_latephase import LatePhaseConfig
 from regime_settings import RECIPES, SWEEP, TASKS, setting
-from runs import RESULTS_PAGE, Run, difference, with_table
+from runs import README, RESULTS_PAGE, Run, difference, with_table
 
 
 TYPES = {
@@ -208,7 +208,7 @@ def test_every_run_that_the_command_makes_is_recorded(name) -> None:
 
 
 def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
-    words = " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+    words = words_of(RESULTS_PAGE)
     figures, rate = regime_report.Figures.of("lstm"), TASKS["lstm"].rate
     head, rank1, one, base = "late-phase head", "late-phase rank-1", "one member (rank-1)", "base"
 
@@ -256,12 +256,13 @@ def ahead(own: list[float], other: list[float], sign: int = 1, digits: int = 3) 
     return f"{mean:.{digits}f} ± {width:.{digits}f}"
 
 
-def results_page() -> str:
-    return " ".join(RESULTS_PAGE.read_text(encoding="utf-8").split())
+def words_of(page: Path) -> str:
+    """A page without line ends."""
+    return " ".join(page.read_text(encoding="utf-8").split())
 
 
 def test_what_is_said_of_rates_of_their_own_is_what_the_figures_say() -> None:
-    words, test, swa = results_page(), Chosen("lstm"), regime_report.SWA
+    words, test, swa = words_of(RESULTS_PAGE), Chosen("lstm"), regime_report.SWA
     head, rank1, one, base = "late-phase head", "late-phase rank-1", "one member (rank-1)", "base"
     accumulation, decay = "accumulation (plain)", ", linear decay"
     over_base, over_one = ahead(test(head), test(base)), ahead(test(head), test(one))
@@ -288,12 +289,11 @@ def test_what_is_said_of_rates_of_their_own_is_what_the_figures_say() -> None:
             f"output layers are {over_base} ahead of base and {over_one} of one member",
         ),
     ):
-        text = (RESULTS_PAGE.parents[1] / page).read_text(encoding="utf-8")
-        assert sentence in " ".join(text.split()), page
+        assert sentence in words_of(RESULTS_PAGE.parents[1] / page), page
 
 
 def test_what_is_said_of_the_second_text_is_what_the_figures_say() -> None:
-    words, test, swa = results_page(), Chosen("enwik6"), regime_report.SWA
+    words, test, swa = words_of(RESULTS_PAGE), Chosen("enwik6"), regime_report.SWA
     head, rank1, one, base = "late-phase head", "late-phase rank-1", "one member (rank-1)", "base"
     accumulation = test("accumulation (plain)")
     over_base, over_one = ahead(test(head), test(base)), ahead(test(head), test(one))
@@ -310,7 +310,7 @@ def test_what_is_said_of_the_second_text_is_what_the_figures_say() -> None:
 
 
 def test_what_is_said_of_the_transformer_is_what_the_figures_say() -> None:
-    words, test, swa = results_page(), Chosen("gpt2"), regime_report.SWA
+    words, test, swa = words_of(RESULTS_PAGE), Chosen("gpt2"), regime_report.SWA
     norm, rank1, one, base = "late-phase norm", "late-phase rank-1", "one member (rank-1)", "base"
     decay = "base, linear decay"
     over_base, over_one = ahead(test(norm), test(base)), ahead(test(norm), test(one))
@@ -326,12 +326,12 @@ def test_what_is_said_of_the_transformer_is_what_the_figures_say() -> None:
     assert f"ahead of all, of SWA of base by {ahead(test(decay), test(base, swa))}." in words
     members = ahead(test(decay), test("late-phase norm, linear decay"))
     assert f"With linear decay norm members are {members} behind plain training with it." in words
-    readme = " ".join((RESULTS_PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    readme = words_of(README)
     assert f"norm layers of a small gpt2 by {over_base}" in readme
 
 
 def test_what_is_said_of_noise_is_what_the_figures_say() -> None:
-    words = results_page()
+    words = words_of(RESULTS_PAGE)
     found = {noise: statistics.mean(own) for noise, own in regime_report.gains("late-phase head").items()}
     predicted = {noise: regime_report.own_gain() * regime_report.predicted_gain(noise, adam=True) for noise in found}
 
@@ -354,7 +354,7 @@ def test_what_is_said_of_noise_is_what_the_figures_say() -> None:
 
 
 def test_what_is_said_of_more_minibatches_is_what_the_figures_say() -> None:
-    words, task, swa = results_page(), TASKS["lstm"], regime_report.SWA
+    words, task, swa = words_of(RESULTS_PAGE), TASKS["lstm"], regime_report.SWA
     usual, longer = Chosen("lstm"), Chosen("lstm")
     longer.figures = regime_report.Figures.of("steps")
     head, base = "late-phase head", "base"
@@ -368,7 +368,7 @@ def test_what_is_said_of_more_minibatches_is_what_the_figures_say() -> None:
 
 
 def test_what_is_said_of_the_image_classifier_is_what_the_figures_say() -> None:
-    words, swa = results_page(), regime_report.SWA
+    words, swa = words_of(RESULTS_PAGE), regime_report.SWA
     late, accumulation, linear = "late-phase norm and head", "accumulation (plain)", "base, linear"
     nats, accuracy = Chosen("cifar", "nll"), Chosen("cifar", "accuracy")
 
@@ -384,7 +384,7 @@ def test_what_is_said_of_the_image_classifier_is_what_the_figures_say() -> None:
     assert f"With SWA late-phase training is level with base ({behind} points behind)," in words
     averaged = points(accuracy(accumulation, swa), accuracy("base", swa), 0)
     assert f"and so is accumulation ({averaged} ahead)." in words
-    readme = " ".join((RESULTS_PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    readme = words_of(README)
     assert f"late-phase training is {over_base} points ahead of base" in readme
     means = [statistics.mean(accuracy(*which)) for which in ((linear,), (late + ", linear",), ("base", swa))]
     assert "has {:.1f} %, with members {:.1f} %. SWA of base has {:.1f} %.".format(*means) in words
