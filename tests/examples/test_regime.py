@@ -215,14 +215,9 @@ def test_what_is_said_of_the_lstm_is_what_the_figures_say() -> None:
     def test(method: str, averaged: str = "") -> list[float]:
         return figures.values(method, rate, f"test{averaged}", "bpc")
 
-    def ahead(own: list[float], other: list[float], excludes_zero: bool = True) -> str:
-        mean, width = difference(other, own)
-        assert (mean - width > 0) == excludes_zero
-        return f"{mean:.3f} ± {width:.3f}"
-
     assert f"output layers are ahead of base by {ahead(test(head), test(base))}," in words
     assert f"rank-1 weights are ahead of their one member by {ahead(test(rank1), test(one))}," in words
-    ahead(test(rank1), test(base), excludes_zero=False)
+    ahead(test(rank1), test(base), 0)
     cost = statistics.mean(test(one)) - statistics.mean(test(base))
     assert f"which the rank-1 parameters had cost ({cost:.3f})" in words
     swa = ", SWA"

@@ -234,8 +234,8 @@ def draw_noise(path: Path) -> None:
         height = max(end, height + 0.013)  # so that no name hides another
         axes.annotate(name, (places[0] * 1.06, height), color=colour, va="center", fontsize=9)
     axes.set_xscale("log")
-    names = [f"{rate:g}\n{size} windows" for size, rate in x]
-    axes.set_xticks(places, names, fontsize=7)
+    names = [f"{rate:g}, {size} windows" for size, rate in x]
+    axes.set_xticks(places, names, fontsize=5.5, rotation=90)  # some places are close to each other
     axes.minorticks_off()
     axes.set_xlim(min(places) * 0.9, max(places) * 1.75)
     axes.set_xlabel("rate and size of a minibatch, by the noise that Adam's steps carry: rate / √windows")
